@@ -8,9 +8,12 @@ blocks, epochs = training_blocks(train, encode, context=256, blocks=160, seed=0)
 from edgedisp.data.chat import Conversation as Conversation
 from edgedisp.data.documents import Documents as Documents
 from edgedisp.data.documents import read_documents as read_documents
+from edgedisp.data.documents import synthetic_conversations as synthetic_conversations
 from edgedisp.data.documents import synthetic_documents as synthetic_documents
 from edgedisp.data.packing import count_tokens as count_tokens
+from edgedisp.data.packing import epoch_order as epoch_order
 from edgedisp.data.packing import pack as pack
+from edgedisp.data.packing import pack_rows as pack_rows
 from edgedisp.data.packing import split as split
 from edgedisp.data.packing import training_blocks as training_blocks
 from edgedisp.data.readers import Document as Document

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 from edgedisp.core.errors import BadInput
@@ -59,6 +59,16 @@ class Conversation(Document):
         """What names the messages before the last answer: a row that asks the same gives its answer away."""
         before = self.messages[: self.answers[-1]]
         return " ".join(json.dumps(before, ensure_ascii=False, sort_keys=True).split())
+
+    def without_oldest_turn(self) -> Conversation | None:
+        """What remains without the first user's message and all up to the next; None: no answer would."""
+        users = [index for index, message in enumerate(self.messages) if message["role"] == "user"]
+        if len(users) < 2 or self.answers[-1] < users[1]:
+            return None
+        messages = self.messages[: users[0]] + self.messages[users[1] :]
+        return replace(
+            Conversation.of(self.id, [*messages], self.tools), weight=self.weight, place=self.place
+        )
 
     def row(self) -> dict[str, Any]:
         return {"id": self.id, "messages": [*self.messages], "tools": self.tools}

@@ -22,7 +22,7 @@ import numpy as np
 
 from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import Progress, silent
-from edgedisp.data.chat import HALF_PAIR, conversation
+from edgedisp.data.chat import HALF_PAIR, Conversation, conversation
 from edgedisp.data.readers import Document, Row, file_rows, hub_rows, local_files
 from edgedisp.recipe import Source
 
@@ -196,6 +196,18 @@ def synthetic_documents(count: int, seed: int) -> Documents:
     documents = Documents(Document(name, _article(seed, number)) for name, number in names.items())
     documents.rows_read = count
     documents.characters_read = sum(len(document.text) for document in documents)
+    return documents
+
+
+def synthetic_conversations(count: int, seed: int) -> Documents:
+    """Conversations about the made documents: what is asked is how they begin, the answer their first
+    sentence."""
+    documents = synthetic_documents(count, seed)
+    for index, document in enumerate(documents):
+        start, answer = " ".join(document.text.split()[:4]), document.text.partition(". ")[0]
+        turns = {"user": f"Go on: {start}", "assistant": answer}
+        messages = [{"role": role, "content": content} for role, content in turns.items()]
+        documents[index] = Conversation.of(document.id, messages)
     return documents
 
 

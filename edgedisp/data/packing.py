@@ -23,6 +23,12 @@ from edgedisp.data.readers import Document
 Encode = Callable[[Sequence[str]], Sequence[ArrayLike]]
 """Texts of documents -> the token ids of each, its end-of-text token included."""
 
+Row = tuple[NDArray[np.uint32], NDArray[np.bool_]]
+TARGET, START, PADDING = 1, 2, 4
+"""Bits of a token's mark in a block of rows: training predicts it; it is a row's first, from which positions
+count and before which nothing is attended to; it fills a block up."""
+OPEN_BLOCKS = 512  # the newest, in which room is looked for
+
 BATCH, BATCH_CHARACTERS = 256, 2**21  # documents encoded together: enough for all cores, little memory
 
 
@@ -82,13 +88,44 @@ def count_tokens(documents: Sequence[Document], encode: Encode, progress: Progre
     return sum(document.weight * piece.size for document, piece in zip(documents, pieces))
 
 
-def epoch_order(documents: Sequence[Document], seed: int, epoch: int) -> list[int]:
-    """Indices of the documents that an epoch reads, shuffled; of a fraction of a weight some, at random."""
-    rng, weights = np.random.default_rng([seed, epoch]), [document.weight for document in documents]
+def epoch_order(weights: Sequence[float], seed: int, epoch: int) -> list[int]:
+    """Indices of what an epoch reads, shuffled; a fraction of a weight is the chance to be read."""
+    rng = np.random.default_rng([seed, epoch])
     if {*weights} == {1.0}:
-        return rng.permutation(len(documents)).tolist()
-    counts = np.floor(weights) + (rng.random(len(documents)) < np.mod(weights, 1))
-    return rng.permutation(np.repeat(np.arange(len(documents)), counts.astype(int))).tolist()
+        return rng.permutation(len(weights)).tolist()
+    counts = np.floor(weights) + (rng.random(len(weights)) < np.mod(weights, 1))
+    return rng.permutation(np.repeat(np.arange(len(weights)), counts.astype(int))).tolist()
+
+
+def pack_rows(
+    rows: Sequence[Row], order: Sequence[int], context: int, padding: int
+) -> tuple[NDArray[np.uint32], NDArray[np.uint8]]:
+    """(token ids, marks), both [blocks, context]: whole rows, each in the first block with room for it.
+
+    A row is its token ids, at most `context`, and which of them training predicts; the first never is. What
+    no row fills is `padding`.
+    """
+    blocks, free = list[list[int]](), np.zeros(len(order), np.int64)
+    for index in order:
+        size, oldest = len(rows[index][0]), max(0, len(blocks) - OPEN_BLOCKS)
+        room = np.flatnonzero(free[oldest : len(blocks)] >= size)
+        block = oldest + int(room[0]) if room.size else len(blocks)
+        if not room.size:
+            blocks.append([])
+            free[block] = context
+        blocks[block].append(index)
+        free[block] -= size
+    tokens = np.full((len(blocks), context), padding, np.uint32)
+    marks = np.full(tokens.shape, PADDING, np.uint8)
+    for number, block_rows in enumerate(blocks):
+        start = 0
+        for ids, targets in (rows[index] for index in block_rows):
+            end = start + len(ids)
+            tokens[number, start:end], marks[number, start:end] = ids, TARGET * targets
+            marks[number, start] = START
+            start = end
+        marks[number, start : start + 1] |= START  # padding attends to no row
+    return tokens, marks
 
 
 def training_blocks(
@@ -109,7 +146,7 @@ def training_blocks(
     filled = read = epoch = 0
     encoded: dict[int, NDArray[np.uint32]] = {}
     while filled < out.size:
-        order = epoch_order(documents, seed, epoch)
+        order = epoch_order([document.weight for document in documents], seed, epoch)
         unread = [*dict.fromkeys(index for index in order if index not in encoded)]
         pieces = _encoded([documents[index] for index in unread], encode, progress)
         for index in order:

@@ -108,12 +108,14 @@ class DispersionLoss:
     and add up in float32.
 
     next_sequence: number, among all that training sees, of the first sequence in the next pass, which decides
-    what tokens are sampled. It counts on by itself.
+    what tokens are sampled. It counts on by itself. mask: the tokens that take part; None: by the
+    call's `attention_mask`.
     """
 
     def __init__(self, config: DispersionConfig) -> None:
         self.config, self.weight = config, config.weight
         self.next_sequence = 0
+        self.mask: Tensor | None = None
         self._pass: _Pass | None = None
         self._is_training = False  # whether the model's newest pass has gradients
         self._layers: list[int] = []  # that are watched
@@ -157,6 +159,7 @@ class DispersionLoss:
         self._is_training = torch.is_grad_enabled() and not _in_backward()
         if self._is_training:
             mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+            mask = mask if self.mask is None else self.mask
             self._pass = _Pass(mask if isinstance(mask, Tensor) and mask.dim() == 2 else None)
 
     def _collect(

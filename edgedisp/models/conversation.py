@@ -47,15 +47,20 @@ class ChatFormat:
     tool_role: Literal["template", "user"]
     system: Literal["template", "user"]
 
-    def notes(self) -> list[str]:
-        """What the template has no place for, and where it is written."""
+    def notes(self, conversations: Sequence[Any] | None = None) -> list[str]:
+        """What the template has no place for, of what these have (None: of all), and where it is written."""
+        present = set(vars(self)) if conversations is None else set[str]()
+        present |= {"tools"} if any(conversation.tools for conversation in conversations or ()) else set()
+        for message in (message for conversation in conversations or () for message in conversation.messages):
+            roles = {"tool": "tool_role", "system": "system"}
+            present |= {roles.get(message["role"], ""), "tool_calls" if "tool_calls" in message else ""}
         words = {
             "tool_calls": "tool calls are written as compact JSON in the answer",
             "tools": "tools are written as JSON in the system message",
             "tool_role": "a tool's message is written as a user's",
             "system": "a system message is written before the user's",
         }
-        return [words[name] for name in words if getattr(self, name) != "template"]
+        return [words[name] for name in words if name in present and getattr(self, name) != "template"]
 
     def messages(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> list[Message]:
         """Messages that the template can show."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,8 @@ from edgedisp.core.progress import Progress
 from edgedisp.evaluate.heldout_tasks import SuiteOptions
 from edgedisp.evaluate.task_suite import TaskSuite, prepare
 from edgedisp.graph.architectures import check_export
+from edgedisp.pipeline import chat_corpus
+from edgedisp.pipeline.chat_corpus import Packed
 from edgedisp.pipeline.options import ITEMS, TASKS_PATH, BaseOptions, CorpusOptions, ItemsOptions
 from edgedisp.pipeline.stage import Inputs
 from edgedisp.recipe import Data
@@ -43,7 +44,8 @@ def read_documents(
         path = data.fetch(local, sha256=source.sha256, progress=progress)
         if smoke and isinstance(path, str):
             count = source.limit or SYNTHETIC_DOCUMENTS
-            documents.add(data.synthetic_documents(count, seed=len(documents)))
+            make = data.synthetic_conversations if source.is_chat else data.synthetic_documents
+            documents.add(make(count, seed=len(documents)))
         else:
             documents.add(data.read_documents(path, source, progress))
     return documents
@@ -107,41 +109,39 @@ def corpus(options: CorpusOptions, inputs: Inputs, output_dir: Path, progress: P
     section = options.data
     training, heldout, text = read_split(section, options.seed, options.smoke, progress, inputs.files)
     tokenizer = models.load_tokenizer(inputs["base"])
-    encode = models.document_encoder(tokenizer)
-    count = options.blocks or blocks_of(options, data.count_tokens(training, encode, progress))
-    blocks, epochs = data.training_blocks(training, encode, section.context, count, options.seed, progress)
-    heldout_blocks = data.pack(heldout, encode, section.context, progress=progress)
-    np.save(output_dir / "tokens.npy", blocks, allow_pickle=False)
-    np.save(output_dir / "heldout.npy", heldout_blocks, allow_pickle=False)
     end_of_text = models.end_of_text_id(tokenizer)
     packing = {"end_of_text": end_of_text, "isolate_documents": section.isolate_documents}
     write_json(output_dir / PACKING, packing)
-    lines = [json.dumps(asdict(document), ensure_ascii=False) for document in heldout]
+    if section.has_chat:
+        packed = chat_corpus.pack(tokenizer, (training, heldout), options, output_dir, progress)
+    else:
+        encode = models.document_encoder(tokenizer)
+        count = chat_corpus.block_count(options, lambda: data.count_tokens(training, encode, progress))
+        texts = data.training_blocks(training, encode, section.context, count, options.seed, progress)
+        packed = Packed(*texts, heldout, data.pack(heldout, encode, section.context, progress=progress))
+    np.save(output_dir / "tokens.npy", packed.blocks, allow_pickle=False)
+    np.save(output_dir / "heldout.npy", packed.heldout_blocks, allow_pickle=False)
+    lines = [json.dumps(document.row(), ensure_ascii=False) for document in packed.heldout]
     (output_dir / "heldout.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     text |= _special_tokens(tokenizer, [*training, *heldout])
     names = [source.source for source in section.train]
     from_hub = {name for name in names if name not in inputs.files and not name.startswith("pypi:")}
     return {
         "tokens_sha256": file_digest(output_dir / "tokens.npy"),
-        "train_tokens": int(blocks.size),
+        "train_tokens": int(packed.blocks.size),
         "train_documents": len(training),
-        "heldout_documents": len(heldout),
-        "heldout_tokens": int(heldout_blocks.size),
+        "heldout_documents": len(packed.heldout),
+        "heldout_tokens": int(packed.heldout_blocks.size),
         "text": text,
-        "notes": text_notes(text, section.heldout, epochs),
-        "epochs": epochs,
+        "chat": packed.chat,
+        "notes": [*text_notes(text, section.heldout, packed.epochs), *packed.notes],
+        "epochs": packed.epochs,
         "context": section.context,
         "sources": [  # a smoke run does not read the hub's
             f"made text in the place of {name}" if options.smoke and name in from_hub else name
             for name in names
         ],
     }
-
-
-def blocks_of(options: CorpusOptions, tokens: float) -> int:
-    """Blocks of whole steps, at least one, that read `tokens` tokens as often as `train.epochs` says."""
-    steps = (options.epochs or 1) * tokens / (options.step * options.data.context)
-    return max(1, round(steps)) * options.step
 
 
 def read_split(
@@ -157,11 +157,12 @@ def read_split(
 
 
 def _special_tokens(tokenizer: Any, documents: Sequence[data.Document]) -> dict[str, Any]:
-    """Special tokens that are written in documents, as characters; documents in which they are tokens."""
+    """Special tokens that are written in texts, as characters; texts in which they are tokens."""
     pattern, is_rendered = models.special_tokens(tokenizer), models.rendered_by(tokenizer)
-    plain = [document.text for document in documents if not is_rendered(document.text)]
+    texts = [document.text for document in documents if not isinstance(document, data.Conversation)]
+    plain = [text for text in texts if not is_rendered(text)]
     counts = Counter(token for text in plain for token in pattern.findall(text))
-    return {"special_tokens_as_text": dict(counts), "rendered_documents": len(documents) - len(plain)}
+    return {"special_tokens_as_text": dict(counts), "rendered_documents": len(texts) - len(plain)}
 
 
 def text_notes(text: Mapping[str, Any], heldout: float, epochs: float) -> list[str]:
@@ -208,7 +209,13 @@ def heldout_blocks(corpus: Path, *, blocks: int = 1, tokens: int = 0) -> NDArray
 def heldout_documents(corpus: Path) -> list[data.Document]:
     # Not splitlines(): it would also cut at the Unicode line separators inside a document.
     lines = (corpus / "heldout.jsonl").read_text(encoding="utf-8").split("\n")
-    return [data.Document(**json.loads(line)) for line in lines if line]
+    rows = [json.loads(line) for line in lines if line]
+    return [
+        data.Document(**row)
+        if "text" in row
+        else data.Conversation.of(row["id"], row["messages"], row["tools"])
+        for row in rows
+    ]
 
 
 def task_suite(options: ItemsOptions, inputs: Inputs) -> TaskSuite:

@@ -19,6 +19,7 @@ from edgedisp.core.progress import Progress
 from edgedisp.core.stage_folder import CHECKPOINTS
 from edgedisp.dispersion.losses import DispersionConfig
 from edgedisp.pipeline import adapters
+from edgedisp.pipeline.chat_corpus import MARKS
 from edgedisp.pipeline.options import TrainOptions
 from edgedisp.pipeline.prepare import PACKING, heldout_blocks, weights_digest
 from edgedisp.pipeline.rounding import aware_callback
@@ -45,6 +46,7 @@ def train(options: TrainOptions, inputs: Inputs, output_dir: Path, progress: Pro
     arm, section, base, corpus = options.arm, options.train, inputs["base"], inputs["corpus"]
     tokens = np.load(corpus / "tokens.npy", mmap_mode="r", allow_pickle=False)
     packing = json.loads((corpus / PACKING).read_text(encoding="utf-8"))
+    marks = np.load(path, mmap_mode="r", allow_pickle=False) if (path := corpus / MARKS).is_file() else None
     model = adapters.model_to_train(section.adapter, base, arm.seed)
     callbacks = [TECHNIQUES[name](value, arm.seed) for name, value in arm.techniques.items()]
     if (aware := section.quantization_aware) is not None and options.rounding is not None:
@@ -52,6 +54,9 @@ def train(options: TrainOptions, inputs: Inputs, output_dir: Path, progress: Pro
         callbacks.append(aware_callback(options.rounding, start, tokens, output_dir, progress))
     watched = torch.from_numpy(heldout_blocks(corpus, blocks=WATCHED_SEQUENCES)[:, :WATCHED_TOKENS])
     steps = options.steps or len(tokens) // (section.batch * section.accumulate)
+    if arm.replica:  # the first seed reads the blocks in the order of the file
+        order = np.random.default_rng(arm.seed).permutation(len(tokens))
+        tokens, marks = tokens[order], None if marks is None else marks[order]
     fit_options = FitOptions(
         steps=steps,
         seed=arm.seed,
@@ -59,13 +64,13 @@ def train(options: TrainOptions, inputs: Inputs, output_dir: Path, progress: Pro
         dispersion=None if arm.dispersion is None else dispersion_config(arm.dispersion, arm.seed),
         callbacks=callbacks,
         end_of_text=packing["end_of_text"] if packing["isolate_documents"] else None,
+        marks=marks,
+        disperse_answers=arm.dispersion is not None and arm.dispersion.on == "answers",
         watch_blocks=None if section.watch_every == 0 else watched,
         watch_every=section.watch_every or math.ceil(steps / WATCHES),
         log_dir=output_dir / "logs" if section.report_to else None,
         run_name=f"{output_dir.parent.parent.name}/{output_dir.parent.name}",
     )
-    if arm.replica:  # the first seed reads the blocks in the order of the file
-        tokens = tokens[np.random.default_rng(arm.seed).permutation(len(tokens))]
     result, weights = fit(model, tokens, section, fit_options, progress)
     result = replace(result, peak_memory_bytes=runner().peak_memory_bytes())
     if not is_main_process():

@@ -104,12 +104,13 @@ def chunked_cross_entropy(
 
 
 @contextmanager
-def chunked_head(model: nn.Module) -> Iterator[bool]:
+def chunked_head(model: nn.Module, targets_alone: bool = False) -> Iterator[bool]:
     """Inside the block, training passes of `model` compute their loss without logits, if it suits the model.
 
     The head returns its input, so `outputs.logits` are the hidden states, and the model's loss function does
     the rest. Yields False, and changes nothing, for a model without a plain head, with changed logits or
-    another loss. model: a causal language model, bare or wrapped by peft, not yet by data parallelism.
+    another loss. targets_alone: only states with a label that counts meet the head. model: a causal language
+    model, bare or wrapped by peft, not yet by data parallelism.
     """
     models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     inner: Any = next((module for module in models if module.get_output_embeddings() is not None), None)
@@ -132,6 +133,9 @@ def chunked_head(model: nn.Module) -> Iterator[bool]:
         if targets is None:
             targets = F.pad(labels, (0, 1), value=IGNORED)[..., 1:]
         hidden, targets = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1).to(logits.device)
+        if targets_alone:
+            counted = (targets != IGNORED).nonzero().squeeze(1)
+            hidden, targets = hidden.index_select(0, counted), targets.index_select(0, counted)
         return chunked_cross_entropy(hidden, head.weight, targets, options.get("num_items_in_batch"))
 
     head.forward, inner.loss_function = forward, loss

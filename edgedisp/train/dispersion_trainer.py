@@ -86,10 +86,11 @@ class DispersionMixin(Host):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
+        mask = inputs.pop("dispersion_mask", None)  # beside attention_mask, which packed rows must not have
         if not (model.training and torch.is_grad_enabled()):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.dispersion_loss is not None:
-            self.dispersion_loss.next_sequence = self._first_sequence()
+            self.dispersion_loss.next_sequence, self.dispersion_loss.mask = self._first_sequence(), mask
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         loss = self._with_term(loss, num_items_in_batch)
         self._micro_batch += 1

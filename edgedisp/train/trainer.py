@@ -35,6 +35,7 @@ from edgedisp.core.errors import BadInput
 from edgedisp.core.files import list_files, listing_damage, read_json, sealed, write_json
 from edgedisp.core.progress import Progress, silent, warn
 from edgedisp.core.results import Training
+from edgedisp.data.packing import PADDING, START, TARGET
 from edgedisp.dispersion.condensation import quick_condensation
 from edgedisp.dispersion.losses import DispersionConfig
 from edgedisp.models import quiet
@@ -53,9 +54,9 @@ TIME_LIMIT = timedelta(hours=6)  # a slow disk or a sleeping laptop must not end
 
 @dataclass(frozen=True)
 class FitOptions:
-    """output_dir: folder of the checkpoints. end_of_text: see PackedDataset. watch_blocks: token blocks
-    `(sequences, tokens)` whose condensation is measured before the first step, every `watch_every` steps and
-    after the last. log_dir, run_name: for `train.report_to`."""
+    """output_dir: folder of the checkpoints. end_of_text, marks, disperse_answers: see PackedDataset.
+    watch_blocks: token blocks `(sequences, tokens)` whose condensation is measured before the first step,
+    every `watch_every` steps and after the last. log_dir, run_name: for `train.report_to`."""
 
     steps: int
     seed: int
@@ -63,6 +64,8 @@ class FitOptions:
     dispersion: DispersionConfig | None = None
     callbacks: Sequence[TrainerCallback] = ()
     end_of_text: int | None = None
+    marks: np.ndarray | None = None
+    disperse_answers: bool = False
     watch_blocks: Tensor | None = None
     watch_every: int = 1
     log_dir: Path | None = None
@@ -75,24 +78,42 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
     Attention runs through the block. With `end_of_text`, the token that ends a document, it does not:
     position ids count from 0 in each document, of which transformers makes a block-diagonal mask, and the
     first token of a document is no target. The dispersion loss still pairs all tokens of a block.
+
+    With `marks` (data/packing.py) it is the rows that stand apart, and only the marked tokens are targets;
+    `dispersion_mask` says which tokens dispersion is of: all but padding, or `disperse_answers` the targets.
     """
 
-    def __init__(self, tokens: np.ndarray, end_of_text: int | None = None) -> None:
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        end_of_text: int | None = None,
+        marks: np.ndarray | None = None,
+        disperse_answers: bool = False,
+    ) -> None:
         self.tokens, self.end_of_text = tokens, end_of_text
+        self.marks, self.disperse_answers = marks, disperse_answers
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         ids = torch.from_numpy(self.tokens[index].astype(np.int64))
-        if self.end_of_text is None:
-            return {"input_ids": ids, "labels": ids}
         every = torch.arange(len(ids))
         starts = torch.zeros_like(every)
-        starts[1:] = torch.where(ids[:-1] == self.end_of_text, every[1:], 0)
+        if self.marks is not None:
+            marks = torch.from_numpy(self.marks[index].astype(np.uint8))
+            starts = torch.where((marks & START) != 0, every, 0)
+            is_target = (marks & TARGET) != 0
+            mask = is_target if self.disperse_answers else (marks & PADDING) == 0
+            labels, more = ids.where(is_target, IGNORED), {"dispersion_mask": mask}
+        elif self.end_of_text is not None:
+            starts[1:] = torch.where(ids[:-1] == self.end_of_text, every[1:], 0)
+            labels, more = ids, {}
+        else:
+            return {"input_ids": ids, "labels": ids}
         positions = every - starts.cummax(dim=0).values
-        labels = ids.masked_fill(positions == 0, IGNORED)
-        return {"input_ids": ids, "labels": labels, "position_ids": positions}
+        labels = labels.masked_fill(positions == 0, IGNORED)
+        return {"input_ids": ids, "labels": labels, "position_ids": positions, **more}
 
 
 def fit(
@@ -122,7 +143,9 @@ def fit(
         trainer = DispersionTrainer(
             model=model,
             args=_arguments(train, options),
-            train_dataset=PackedDataset(tokens[:blocks], options.end_of_text),
+            train_dataset=PackedDataset(
+                tokens[:blocks], options.end_of_text, options.marks, options.disperse_answers
+            ),
             dispersion=options.dispersion,
             callbacks=list(options.callbacks),
         )
@@ -175,7 +198,7 @@ def _prepared(model: Any, train: Train, options: FitOptions) -> Iterator[bool]:
         stack.enter_context(keep_freed_memory())
         if train.compile:
             stack.enter_context(compiled_layers(model))
-        yield stack.enter_context(chunked_head(model))
+        yield stack.enter_context(chunked_head(model, targets_alone=options.marks is not None))
 
 
 def _arguments(train: Train, options: FitOptions) -> TrainingArguments:

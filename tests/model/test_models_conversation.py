@@ -70,9 +70,9 @@ def test_what_a_template_has_no_place_for_is_written_in_messages(tokenizer: Any)
     notes, texts = {}, {}
     for name, template in {"plain": None, "thinking": THINKING, "strict": STRICT}.items():
         tokenizer.chat_template = template or tokenizer.chat_template
-        notes[name] = len(models.chat_format(tokenizer).notes())
+        notes[name] = len(models.chat_format(tokenizer).notes([conversation]))
         texts[name] = tokenizer.decode(models.example(tokenizer, conversation)[-1].ids)
-    assert notes == {"plain": 2, "thinking": 0, "strict": 4}
+    assert notes == {"plain": 2, "thinking": 0, "strict": 3}
     assert f"<|im_start|>assistant\n{JSON}<|im_end|>" in texts["plain"]
     assert (
         "<|im_start|>system\nYou can call these functions." in texts["plain"]
