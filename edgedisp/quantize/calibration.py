@@ -13,10 +13,9 @@ A map is rounded from the weight that makes up for a share of it, with a ridge a
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
 from typing import Any
@@ -39,6 +38,7 @@ RIDGE = 0.1  # of the correction: a share of H's mean diagonal
 # A tied head is the embedding too. Each row's own error is added with this weight (a share of the mean
 # squared activation): the head's error alone would make the rows coarser than rounding to nearest does.
 TIED = 1.0
+PASS = 1024  # tokens that go through a layer at a time: small products waste a processor, large ones memory
 
 Grids = Grid | Mapping[str, Grid]
 """One grid for all, or by parameter name."""
@@ -106,18 +106,22 @@ def calibrate(
     blocks: dict[str, Blocks] = {}
     names = {module: f"{name}.weight" for name, module in model.named_modules()}
     calls, states = layer_calls(model, decoder_layers(model), _text(model, tokens))
+    states = list(torch.cat(states).split(max(1, PASS // tokens.shape[1])))
     plain = states  # of the unrounded model
     for index, call in enumerate(calls):
         progress(index, len(calls), "rounding layer by layer")
-        unrounded = replace(call, layer=copy.deepcopy(call.layer))
-        twins = dict(zip(call.layer.modules(), unrounded.layer.modules()))
-        for modules, stream in call.waves(states[0]):
+        waves = [
+            (modules, [modules[0]] if stream is None else [modules[0], stream])
+            for modules, stream in call.waves(states[0])
+        ]
+        every = list(dict.fromkeys(reader for _, readers in waves for reader in readers))
+        unrounded = [call.trace(state, every) for state in plain]
+        outputs: list[dict[nn.Module, Any]] = [{} for _ in states]
+        for modules, readers in waves:
             weights = {names[module]: read_weight(module) for module in modules}
-            readers = [modules[0]] if stream is None else [modules[0], stream]
-            twin_readers = [twins[module] for module in readers]
             moments = _moments(
-                (_inputs(partial(call, state), readers) for state in states),
-                (_inputs(partial(unrounded, state), twin_readers) for state in plain),
+                (_inputs(partial(call.resume, *block), readers) for block in zip(states, outputs)),
+                ([inputs[reader] for reader in readers] for inputs, _ in unrounded),
             )
             rounded = _round(_corrected(weights, moments), moments["second"], grids)
             for module, (name, (part, latent)) in zip(modules, rounded.items()):
@@ -125,8 +129,8 @@ def calibrate(
                 blocks[name] = part
                 if latents is not None:
                     latents[name] = latent
-        plain = [unrounded(state) for state in plain]
-        states = [call(state) for state in states]
+        plain = [state for _, state in unrounded]
+        states = [call.resume(*block) for block in zip(states, outputs)]
     progress(len(calls), len(calls), "rounding layer by layer")
     return blocks
 
@@ -203,13 +207,14 @@ def _with_hooks(modules: Iterable[nn.Module], hook: Callable[..., None], run: Ca
         run()
 
 
-def _inputs(run: Callable[[], Any], modules: Sequence[nn.Module]) -> list[Tensor]:
-    """What each of `modules` reads, fp32 [tokens, in], in a pass that ends before the first of them."""
+def _inputs(run: Callable[[], Any], modules: Sequence[nn.Module], *, to_end: bool = False) -> list[Tensor]:
+    """What each of `modules` reads, fp32 [tokens, in], in a pass that ends before the first of them, or at
+    its end."""
     inputs: dict[nn.Module, Tensor] = {}
 
     def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs[module] = args[0].reshape(-1, args[0].shape[-1]).float()
-        if module is modules[0]:
+        if module is modules[0] and not to_end:
             raise _Stop
 
     _with_hooks(modules, read, run)
@@ -229,6 +234,35 @@ class LayerCall:
         output = self.layer(state, *self.positional, **self.keywords)
         states: Tensor = output[0] if isinstance(output, tuple) else output
         return states
+
+    def trace(self, state: Tensor, readers: Sequence[nn.Module]) -> tuple[dict[nn.Module, Tensor], Tensor]:
+        """What each of `readers` reads, and the layer's output."""
+        states: list[Tensor] = []
+        inputs = _inputs(lambda: states.append(self(state)), readers, to_end=True)
+        return dict(zip(readers, inputs)), states[0]
+
+    def resume(self, state: Tensor, outputs: dict[nn.Module, Any]) -> Tensor:
+        """The layer's output. What a module with linear maps gave to an earlier pass is in `outputs`: when a
+        pass ends before a map, all earlier ones are rounded, and their outputs stay what they are."""
+        modules = [
+            module
+            for module in self.layer.modules()
+            if module is not self.layer and any(isinstance(part, LINEAR) for part in module.modules())
+        ]
+        forwards = {module: module.forward for module in modules}
+
+        def once(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if module not in outputs:
+                outputs[module] = forwards[module](*args, **kwargs)
+            return outputs[module]
+
+        try:
+            for module in modules:
+                module.forward = partial(once, module)
+            return self(state)
+        finally:
+            for module in modules:
+                del module.forward
 
     def waves(self, state: Tensor) -> list[tuple[list[Any], nn.Module | None]]:
         """The linear maps in the order of computation, those that read the same tensor together; with the

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from edgedisp.quantize.grid import Blocks, Choice, Grid, concatenate, dequantize, inverse, storable
+from edgedisp.quantize.grid import Blocks, Choice, Grid, concatenate, dequantize, in_groups, inverse, storable
 
 DAMPING = 0.01  # added to H's diagonal, as a share of its mean
-BLOCK = 128  # columns whose corrections are applied to the rest at once
+BLOCK = 32  # columns whose corrections are applied to the rest at once
 ROWS = 4096  # rows rounded at a time, a column of them in one step
-REFITTED = 32  # rows whose scales are solved for at a time; that takes groups x columns values for each
+REFITTED = 256  # rows whose scales are solved for at a time; that takes groups x groups values for each
 EDGE = 0.499  # how far from an integer, in steps, a latent value may lie: the next integer begins at a half
 
 
@@ -34,8 +35,11 @@ def gptq(weight: Tensor, grid: Grid, hessian: Tensor) -> tuple[Blocks, Tensor]:
     diagonal = hessian.diagonal()
     diagonal += DAMPING * diagonal.mean().clamp(min=1e-12)
     order = torch.argsort(diagonal, descending=True, stable=True)
-    inverted = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order].double()))
-    factor: Tensor = torch.linalg.cholesky(inverted, upper=True).float()  # H^-1 = factor^T factor
+    reverse = order.flip(0)
+    lower = torch.linalg.cholesky(hessian[reverse][:, reverse].double())
+    unit = torch.eye(columns, dtype=lower.dtype, device=lower.device)
+    # H^-1 = factor^T factor: read from the last column to the first, H = lower lower^T
+    factor = torch.linalg.solve_triangular(lower, unit, upper=False).flip(0, 1).float()
     parts, latent = [], torch.empty_like(weight)
     for rows, out in zip(weight.split(ROWS), latent.split(ROWS)):  # rows are independent
         start = Choice(grid, "k_quant").blocks(rows, diagonal.clone())
@@ -62,21 +66,21 @@ def _round_columns(
         zeros[:, group, 0].T.contiguous() if isinstance(zeros, Tensor) else torch.full_like(scales, zeros)
     )
     columns = weight.T.clone(memory_format=torch.contiguous_format)  # [in, out]: a column is then contiguous
-    q = torch.empty_like(columns, dtype=torch.uint8)
+    q, errors = torch.empty_like(columns), torch.empty_like(columns)
+    pivots = factor.diagonal().tolist()
     for first in range(0, len(order), BLOCK):
         last = min(first + BLOCK, len(order))
-        errors = torch.empty_like(columns[first:last])
         for index in range(first, last):
-            values = columns[index]
-            integers = torch.round(values * steps[index] + centers[index]).clamp_(0, grid.highest)
-            q[index] = integers.to(torch.uint8)
-            error = (values - (integers - centers[index]) * scales[index]) / factor[index, index]
+            values, center, error = columns[index], centers[index], errors[index]
+            integers = torch.mul(values, steps[index], out=q[index])
+            integers.add_(center).round_().clamp_(0, grid.highest)
+            torch.sub(integers, center, out=error).mul_(scales[index])
+            torch.sub(values, error, out=error).div_(pivots[index])
             columns[index + 1 : last].addr_(factor[index, index + 1 : last], error, alpha=-1.0)
-            errors[index - first] = error
-        columns[last:].addmm_(factor[first:last, last:].T, errors, alpha=-1.0)
+        columns[last:].addmm_(factor[first:last, last:].T, errors[first:last], alpha=-1.0)
     before = columns.mul_(steps).add_(centers)
     before = torch.clamp(before, q - EDGE, q + EDGE) - centers
-    return q.T, before.T
+    return q.to(torch.uint8).T, before.T
 
 
 def refit(blocks: Blocks, weight: Tensor, grid: Grid, hessian: Tensor) -> Blocks:
@@ -87,13 +91,10 @@ def refit(blocks: Blocks, weight: Tensor, grid: Grid, hessian: Tensor) -> Blocks
     whose error would rise, keeps its scales.
     """
     rows, groups = blocks.scales.shape
-    columns, size = blocks.columns, groups * grid.group
-    unit = Blocks(blocks.q, torch.ones_like(blocks.scales), blocks.zero_points, columns)
-    integers = torch.zeros(rows, size, device=weight.device)
-    integers[:, :columns] = dequantize(unit, grid)
-    metric = torch.zeros(size, size, device=weight.device)
-    metric[:columns, :columns] = hessian
-    by_group = metric.reshape(groups, grid.group, size)
+    unit = Blocks(blocks.q, torch.ones_like(blocks.scales), blocks.zero_points, blocks.columns)
+    integers, values = (in_groups(x, grid.group) for x in (dequantize(unit, grid), weight))
+    padding = groups * grid.group - blocks.columns
+    metric = functional.pad(hessian, (0, padding, 0, padding)).split(grid.group)
     scales = blocks.scales.clone()
 
     def cost(s: Tensor) -> Tensor:
@@ -102,10 +103,13 @@ def refit(blocks: Blocks, weight: Tensor, grid: Grid, hessian: Tensor) -> Blocks
 
     for first in range(0, rows, REFITTED):
         part = slice(first, first + REFITTED)
-        z = integers[part].reshape(-1, groups, grid.group)
-        through = torch.bmm(z.transpose(0, 1), by_group).transpose(0, 1)  # z_g H: [rows, groups, size]
-        a = torch.einsum("rghk,rhk->rgh", through.reshape(len(z), groups, groups, grid.group), z).double()
-        b = (through[..., :columns] @ weight[part][..., None])[..., 0].double()
+        z, w = integers[part], values[part]
+        a = z.new_empty(len(z), groups, groups, dtype=torch.double)
+        b = z.new_empty(len(z), groups, dtype=torch.double)
+        for group in range(groups):
+            through = (z[:, group] @ metric[group]).reshape(z.shape)  # z_g H
+            a[:, group] = (through * z).sum(-1)
+            b[:, group] = (through * w).sum((1, 2))
         old = scales[part].double()
         ridge = a.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-20) * 1e-6
         a = a + ridge[:, None, None] * torch.eye(groups, dtype=a.dtype, device=a.device)
@@ -114,4 +118,4 @@ def refit(blocks: Blocks, weight: Tensor, grid: Grid, hessian: Tensor) -> Blocks
         solved = storable(solved.float()).double()
         better = (info == 0) & torch.isfinite(solved).all(1) & (cost(solved) < cost(old))
         scales[part] = torch.where(better[:, None], solved, old).float()
-    return Blocks(blocks.q, scales, blocks.zero_points, columns)
+    return Blocks(blocks.q, scales, blocks.zero_points, blocks.columns)

@@ -118,7 +118,11 @@ def ranges(values: Tensor, grid: Grid) -> Scales:
     opposite of the scale's. Asymmetric: [min(0, lowest), max(0, highest)] over 2^bits - 1 steps; zero stays
     exact. ONNX Runtime's quantizer makes the same two choices.
     """
-    lowest, highest = torch.aminmax(values, dim=-1)
+    return _covering(*torch.aminmax(values, dim=-1), grid)
+
+
+def _covering(lowest: Tensor, highest: Tensor, grid: Grid) -> Scales:
+    """As of `ranges`, for the least and the largest value of each group."""
     if grid.symmetric:
         extreme = torch.where(-lowest > highest, lowest, highest)
         return Scales(storable(extreme / -float(grid.middle)), None)
@@ -139,9 +143,13 @@ def storable(scales: Tensor) -> Tensor:
 
 def round_to(values: Tensor, scales: Scales, grid: Grid, columns: int) -> Blocks:
     """The nearest integers to values [out, groups, group] under given scales and zero points."""
-    steps, zeros = inverse(scales.scales)[..., None], grid.zeros(scales.zero_points)
-    q = torch.round(values * steps + zeros).clamp(0, grid.highest)
-    return Blocks(q.to(torch.uint8), *scales, columns)
+    return Blocks(_nearest(values, scales, grid).to(torch.uint8), *scales, columns)
+
+
+def _nearest(values: Tensor, scales: Scales, grid: Grid) -> Tensor:
+    """The integers of `round_to` as fp32."""
+    q = values * inverse(scales.scales)[..., None]
+    return q.add_(grid.zeros(scales.zero_points)).round_().clamp_(0, grid.highest)
 
 
 def inverse(scales: Tensor) -> Tensor:
@@ -214,13 +222,15 @@ def k_quant(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> Blo
         cost = cost * (values.abs() + values.square().mean(-1, keepdim=True).sqrt())
 
     def error(scales: Scales) -> Tensor:
-        blocks = round_to(values, scales, grid, columns=values[0].numel())
-        return (dequantize(blocks, grid).reshape(values.shape) - values).square().mul_(cost).sum(-1)
+        rounded = _nearest(values, scales, grid).sub_(grid.zeros(scales.zero_points))
+        return rounded.mul_(scales.scales[..., None]).sub_(values).square_().mul_(cost).sum(-1)
 
-    scales, zero_points = ranges(values, grid)
+    lowest, highest = torch.aminmax(values, dim=-1)
+    scales, zero_points = _covering(lowest, highest, grid)
     least = error(Scales(scales, zero_points))
     for step in range(K_STARTS):
-        start = ranges(values * (0.75 + 0.4 * step / (K_STARTS - 1)), grid)
+        share = 0.75 + 0.4 * step / (K_STARTS - 1)
+        start = _covering(lowest * share, highest * share, grid)
         fitted = _least_squares(values, cost, start, grid)
         new_error = error(fitted)
         better = new_error < least
@@ -233,13 +243,13 @@ def k_quant(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> Blo
 
 def _least_squares(values: Tensor, cost: Tensor, scales: Scales, grid: Grid) -> Scales:
     """The scale (and zero point) that fit best under the integers of the given ones."""
-    q = round_to(values, scales, grid, 0).q.float()
+    q = _nearest(values, scales, grid)
     if scales.zero_points is None:
-        q = q - float(grid.middle)
+        q = q.sub_(float(grid.middle))
         return Scales(storable((cost * values * q).sum(-1) / (cost * q * q).sum(-1).clamp(min=1e-30)), None)
-    total = cost.sum(-1)
-    sum_q, sum_v = (cost * q).sum(-1), (cost * values).sum(-1)
-    sum_qq, sum_qv = (cost * q * q).sum(-1), (cost * q * values).sum(-1)
+    total, weighted = cost.sum(-1), cost * q
+    sum_q, sum_v = weighted.sum(-1), (cost * values).sum(-1)
+    sum_qq, sum_qv = (weighted * q).sum(-1), (weighted * values).sum(-1)
     determinant = total * sum_qq - sum_q * sum_q
     fitted = (total * sum_qv - sum_q * sum_v) / determinant
     is_valid = (determinant > 0) & torch.isfinite(fitted) & (fitted > 0)
