@@ -7,7 +7,7 @@ padded row has the logits of the row alone; logits at padded positions are meani
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from edgedisp.core.errors import BadInput
+from edgedisp.core.greedy_decoding import greedy_batch
+from edgedisp.core.progress import Progress, silent
 
 # As the configurations of the families name it.
 CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
@@ -46,8 +48,6 @@ class TorchModel:
         self.context = context_length(self.model.config)
         self.vocab_size = int(self.model.get_output_embeddings().weight.shape[0])
         self._accepts = frozenset(inspect.signature(self.model.forward).parameters)
-        # transformers 5.24 gives the cache of keys and values another name.
-        self._cache = "cache" if "cache" in self._accepts else "past_key_values"
 
     def __call__(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
         """ids, mask int64 [batch, tokens], mask 1 real and 0 padding -> float32 [batch, tokens, vocab]."""
@@ -63,7 +63,7 @@ class TorchModel:
         """ids int64 [tokens] -> logits float32 [last, vocab] at its `last` positions."""
         with self._running() as device:
             row = torch.as_tensor(ids, dtype=torch.int64, device=device)[None]
-            logits = self.model(input_ids=row, use_cache=False, **self._keep(last)).logits[0, -last:]
+            logits = self.model(input_ids=row, use_cache=False, **self.keep(last)).logits[0, -last:]
             return np.asarray(logits.float().cpu())
 
     def greedy(self, ids: list[int], max_new_tokens: int, stop_ids: frozenset[int]) -> list[int]:
@@ -72,25 +72,26 @@ class TorchModel:
         Ends after `max_new_tokens`, after a stop token (which is the last of the answer), or when the context
         is full. Raises BadInput for an empty prompt or one that is longer than the context.
         """
-        if not ids or len(ids) > self.context:
-            raise BadInput(f"a prompt needs 1 to {self.context} tokens (the context), found {len(ids)}.")
-        new: list[int] = []
-        cache: Any = None
-        with self._running() as device:
-            while len(new) < min(max_new_tokens, self.context - len(ids)):
-                # A family without such a cache (Mamba) reads the whole text again.
-                step = new[-1:] if cache is not None else [*ids, *new]
-                row = torch.tensor([step], dtype=torch.int64, device=device)
-                mask = torch.ones(1, len(ids) + len(new), dtype=torch.int64, device=device)
-                cached = {self._cache: cache, "use_cache": True} if cache is not None or not new else {}
-                out = self.model(input_ids=row, attention_mask=mask, **cached, **self._keep(1))
-                cache = getattr(out, "past_key_values", None)
-                new.append(int(out.logits[0, -1].argmax()))
-                if new[-1] in stop_ids:
-                    break
-        return new
+        return self.greedy_batch([ids], max_new_tokens, stop_ids)[0]
 
-    def _keep(self, last: int) -> dict[str, int]:
+    def greedy_batch(
+        self,
+        prompts: Sequence[list[int]],
+        max_new_tokens: int,
+        stop_ids: frozenset[int],
+        progress: Progress = silent,
+    ) -> list[list[int]]:
+        """`greedy` of every prompt, side by side (core/greedy_decoding.py): the same but for near-ties."""
+        for ids in prompts:
+            if not ids or len(ids) > self.context:
+                raise BadInput(f"a prompt needs 1 to {self.context} tokens (the context), found {len(ids)}.")
+        limits = [min(max_new_tokens, self.context - len(ids)) for ids in prompts]
+        with self._running():
+            size = cache_bytes(self.model.config)
+            return greedy_batch(lambda most: _Reader(self), prompts, limits, stop_ids, size, progress)
+
+    def keep(self, last: int) -> dict[str, int]:
+        """What makes `forward` give the logits of the `last` positions alone, where it can."""
         return {"logits_to_keep": last} if "logits_to_keep" in self._accepts else {}
 
     @contextmanager
@@ -102,6 +103,45 @@ class TorchModel:
                 yield next(self.model.parameters()).device
         finally:
             torch.set_num_threads(before)
+
+
+class _Reader:
+    """Reads with the model's own cache of keys and values; a family without one reads all of it again."""
+
+    def __init__(self, scored: TorchModel) -> None:
+        self.scored, self.model = scored, scored.model
+        accepts = inspect.signature(self.model.forward).parameters
+        # transformers 5.24 gives the cache another name.
+        self.name = next((name for name in ("cache", "past_key_values") if name in accepts), None)
+        self.cache: Any = None
+        self.ids = torch.empty(1, 0, dtype=torch.int64, device=next(self.model.parameters()).device)
+
+    def read(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        new = torch.as_tensor(ids, device=self.ids.device)
+        layers = getattr(self.cache, "layers", [])
+        # Mamba's convolution forgets what it has read where several tokens follow at once.
+        if new.shape[1] > 1 and any(hasattr(layer, "conv_states") for layer in layers):
+            self.read(ids[:, :-1])
+            new = new[:, -1:]
+        self.ids = torch.cat([self.ids, new], dim=1)
+        cached = {self.name: self.cache, "use_cache": True} if self.name else {}
+        step = self.ids if self.cache is None else new
+        out = self.model(input_ids=step, **cached, **self.scored.keep(1))
+        self.cache = getattr(out, "past_key_values", None)
+        return np.asarray(out.logits[:, -1].argmax(dim=-1).cpu())
+
+    def select(self, sequences: NDArray[np.int64]) -> None:
+        places = torch.as_tensor(sequences, device=self.ids.device)
+        self.ids = self.ids[places]
+        if self.cache is not None:
+            self.cache.reorder_cache(places)
+
+
+def cache_bytes(config: Any) -> int:
+    """Bytes of the fp32 keys and values of one token in a model of this configuration."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * 4 * int(config.num_hidden_layers * heads * width)
 
 
 def context_length(config: Any) -> int:

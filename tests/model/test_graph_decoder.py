@@ -64,6 +64,20 @@ def test_greedy_tokens_equal_torch_in_onnxruntime_and_in_genai(form: str, twins:
     assert GenaiModel(bundle).greedy(row, 24) == expected
 
 
+@pytest.mark.parametrize("form", ["llama", "gemma3_text", "gpt2", "mistral, window"])
+def test_many_prompts_side_by_side_get_the_answer_of_each_alone(form: str, twins: TwinStore) -> None:
+    bundle, random = OnnxModel(twins.fp32(form), 1), np.random.default_rng(1)
+    for shared in (0, 3, 40):  # a few tokens are read for all prompts at once, many prompt by prompt
+        system = ragged([shared])[0]
+        prompts = [system + row for row in ragged([*random.integers(1, 80, 12), 87], seed=shared)]
+        alone = [bundle.greedy(prompt, 12, frozenset()) for prompt in prompts]
+        assert bundle.greedy_batch(prompts, 12, frozenset()) == alone
+        stop = alone[4][5]
+        ended = [bundle.greedy(prompt, 12, frozenset({stop})) for prompt in prompts]
+        assert len({len(answer) for answer in ended}) > 1
+        assert bundle.greedy_batch(prompts, 12, frozenset({stop})) == ended
+
+
 @pytest.mark.parametrize("form", [*FORMS, "phi", "phi3"])
 def test_weight_map_names_the_torch_parameters_of_every_matrix(form: str, twins: TwinStore) -> None:
     model, bundle = twins.model(form), twins.fp32(form)

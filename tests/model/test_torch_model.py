@@ -70,3 +70,20 @@ def test_the_thread_count_holds_during_a_call_only(tiny_folder: dict[str, Path])
     TorchModel(model)(ids, ids)
     assert during == [threads, before]
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "bloom", "mamba"])
+def test_many_prompts_side_by_side_get_the_answer_of_each_alone(family: str) -> None:
+    model, tokenizer = tiny_model(family, TEXTS, context=128)
+    scored, random = TorchModel(model), np.random.default_rng(1)
+    system = encode(tokenizer, TEXTS[0])[:30]
+    for shared in (0, 30):
+        lengths = [*random.integers(1, 96, 12), 120]  # beyond Gemma's sliding window, up to the context's end
+        prompts = [system[:shared] + random.integers(3, 200, n - n * shared // 128).tolist() for n in lengths]
+        alone = [scored.greedy(prompt, 12, frozenset()) for prompt in prompts]
+        assert scored.greedy_batch(prompts, 12, frozenset()) == alone
+        stop = alone[4][5]
+        ended = [scored.greedy(prompt, 12, frozenset({stop})) for prompt in prompts]
+        assert {len(answer) for answer in ended} > {12}
+        assert scored.greedy_batch(prompts, 12, frozenset({stop})) == ended
+    assert scored.greedy_batch([], 12, frozenset()) == []
