@@ -46,7 +46,7 @@ class Conversation(Document):
     def of(cls, name: str, messages: list[Message], tools: Tools = None) -> Conversation:
         """The conversation of that id; messages and tools in their one form."""
         content = {"messages": messages, "tools": tools}
-        text = json.dumps(content, ensure_ascii=False, sort_keys=True)
+        text = json.dumps(content, ensure_ascii=False, sort_keys=True, allow_nan=False)
         return cls(name, text, messages=tuple(messages), tools=tools)
 
     @property
@@ -86,7 +86,8 @@ def conversation(row: Row, source: Source) -> Conversation:
     for name in source.fields:
         if record.get(name) in (None, "", []):
             names = ", ".join(str(key) for key, value in record.items() if value is not None)
-            wrong(f"no {name!r}, so there is no conversation (the row has: {names}).")
+            what = f"{name!r} is empty" if name in record else f"no {name!r}"
+            wrong(f"{what}, so there is no conversation (the row has: {names}; data.train names its fields).")
     if source.messages is not None:
         turns = _listed(record[source.messages], source.messages, wrong)
     else:
@@ -98,7 +99,10 @@ def conversation(row: Row, source: Source) -> Conversation:
     if source.tools is not None and name not in record:
         wrong(f"no field {name!r} with tools (fields: {', '.join(map(str, record))}).")
     tools = _tools(record.get(name), wrong)
-    result = Conversation.of(row.id, messages, tools)
+    try:
+        result = Conversation.of(row.id, messages, tools)
+    except ValueError:
+        wrong("holds NaN or Infinity, which JSON has not.")
     if HALF_PAIR.search(result.text):
         wrong("holds half of a surrogate pair, which no tokenizer can read.")
     return Conversation(row.id, result.text, source.weight, result.messages, tools, row.location)
@@ -133,13 +137,17 @@ def _message(turn: Any, number: int, wrong: Callable[[str], NoReturn]) -> Messag
     role = ROLES.get(label) if isinstance(label, str) else None
     if role is None:
         wrong(f"message {number} has the role {label!r}; roles are {', '.join(ROLES)}.")
-    content, calls = turn.get("content", turn.get("value")), turn.get("tool_calls") or []
+    content, old_call = turn.get("content", turn.get("value")), turn.get("function_call")
+    calls = turn.get("tool_calls") or ([] if old_call is None else [old_call])
     if label == "function_call":
         calls, content = [content], None
-    if isinstance(content, list):  # of parts
-        if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
-            wrong(f"message {number} holds parts that are no text, which a language model cannot read.")
-        content = "".join(part["text"] for part in content)
+    parts = content if isinstance(content, list) else []
+    if parts and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
+        content = "".join(part["text"] for part in parts)
+    elif role == "tool" and isinstance(content, dict | list):
+        content = json.dumps(content, ensure_ascii=False)  # what a function returned
+    elif parts:
+        wrong(f"message {number} holds parts that are no text, which a language model cannot read.")
     if content is None and not calls:
         wrong(f"message {number} ({role}) has no content: null is for an answer with tool_calls.")
     if not isinstance(content, str | None):

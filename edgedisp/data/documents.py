@@ -117,7 +117,11 @@ def _conversations(rows: Iterable[Row], source: Source, documents: Documents) ->
         documents.rows_read += 1
         document = conversation(row, source)
         documents.characters_read += len(document.text)
-        yield document
+        answers = [document.messages[index] for index in document.answers]
+        if all(answer["content"].strip() or "tool_calls" in answer for answer in answers):
+            yield document
+        else:
+            documents.dropped["blank"] += 1
 
 
 def _documents(rows: Iterable[Row], source: Source, documents: Documents) -> Iterator[Document]:

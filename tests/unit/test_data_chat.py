@@ -17,7 +17,7 @@ ASKED = [{"role": "user", "content": "light"}, {"role": "assistant", "content": 
 TOOL = {"type": "function", "function": {"name": "turn_on", "description": "switch"}}
 
 
-def read(path: Path, rows: list[Any], **fields: Any) -> list[Any]:
+def read(path: Path, rows: list[Any], **fields: Any) -> Any:
     path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
     return read_documents(path, Source(source=str(path), **fields))
 
@@ -32,6 +32,7 @@ def test_all_forms_of_a_conversation_become_the_same(tmp_path: Path) -> None:
         {"m": json.dumps(ASKED), "tools": json.dumps([TOOL["function"]])},
         {"m": [asks, {"role": "assistant", "content": None, "tool_calls": [spread]}], "tools": [TOOL]},
         {"m": [shared, {"from": "function_call", "value": json.dumps(flat)}], "tools": [TOOL]},
+        {"m": [ASKED[0], {"role": "assistant", "content": None, "function_call": flat}], "tools": [TOOL]},
     ]
     for number, document in enumerate(read(tmp_path / "a.jsonl", rows, messages="m"), start=1):
         assert [*document.messages] == ASKED and document.tools == [TOOL]
@@ -49,7 +50,7 @@ def test_all_forms_of_a_conversation_become_the_same(tmp_path: Path) -> None:
 
     columns = pyarrow.Table.from_pylist([rows[0], {"m": texts, "tools": None}])
     pyarrow.parquet.write_table(columns, tmp_path / "d.parquet")
-    documents = read_documents(tmp_path / "d.parquet", Source(source="d", messages="m"))
+    documents: Any = read_documents(tmp_path / "d.parquet", Source(source="d", messages="m"))
     assert [[*document.messages] for document in documents] == [ASKED, texts]
     train, heldout = split(documents, 0.5, seed=0)
     assert {type(document) for document in [*train, *heldout]} == {Conversation}
@@ -65,8 +66,8 @@ def answered(**message: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({"text": "hi"}, r"no 'm', so there is no conversation \(the row has: text\)"),
-        ({"m": []}, "no 'm'"),
+        ({"text": "hi"}, r"no 'm', so there is no conversation \(the row has: text; "),
+        ({"m": []}, "'m' is empty"),
         ({"m": "hi"}, "'m' is a text that is no JSON"),
         ({"m": [{"role": "boss", "content": "hi"}]}, "message 1 has the role 'boss'; roles are system, user"),
         ({"m": [USER]}, "no message of the assistant"),
@@ -82,6 +83,7 @@ def answered(**message: Any) -> dict[str, Any]:
         (answered(tool_calls=[{"arguments": {}}]), "message 2: a tool call needs a name"),
         ({**answered(content="x"), "tools": [{"name": 3}]}, "a tool needs a name"),
         (answered(content="\ud800"), "holds half of a surrogate pair"),
+        (answered(tool_calls=[{"name": "f", "arguments": {"x": float("inf")}}]), "holds NaN or Infinity"),
         ([], "a conversation is an object with the field 'm', found list"),
     ],
 )
@@ -89,3 +91,15 @@ def test_a_faulty_row_is_refused_with_its_place(tmp_path: Path, row: Any, words:
     with pytest.raises(BadInput, match=f"a.jsonl:2: {words}") as refusal:
         read(tmp_path / "a.jsonl", [answered(content="x"), row], messages="m")
     assert "\n" not in str(refusal.value)
+
+
+def test_a_result_is_json_text_and_rows_with_a_blank_answer_are_dropped(tmp_path: Path) -> None:
+    result = {"role": "tool", "content": {"on": [1, {"level": 2}]}}
+    rows = [
+        {"m": [USER, result, {"role": "assistant", "content": "on"}]},
+        answered(content=" "),
+        answered(content="x"),
+    ]
+    documents = read(tmp_path / "a.jsonl", rows, messages="m")
+    assert documents[0].messages[1] == {"role": "tool", "content": '{"on": [1, {"level": 2}]}'}
+    assert len(documents) == 2 and documents.counts()["dropped"] == {"blank": 1}
