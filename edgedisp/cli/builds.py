@@ -76,7 +76,7 @@ def build(
     verdict, page = report.verdict(results), run / "report.html"
     blocks = [report.table_text(report.table(results, all_arms=True), width()), report.search_text(results)]
     answers = report.answers_text(results, width())
-    blocks += [verdict.sentence, answers, f"report: {page}"]
+    blocks += [report.summary_text(results), answers, f"report: {page}"]
     if answers:
         blocks.append(f"try it: {report.chat_command(results, run)}")
     document = {"run": str(run), "report": str(page), "verdict": verdict.to_json()}

@@ -9,7 +9,7 @@ from edgedisp.report.cards import bundle_card, model_card
 from edgedisp.report.devices import devices_text
 from edgedisp.report.results_table import answers_text, chat_command, table, table_markdown, table_text
 from edgedisp.report.sections import search_text
-from edgedisp.report.verdict import Verdict, verdict
+from edgedisp.report.verdict import Verdict, summary_text, verdict
 
 __all__ = [
     "Verdict",
@@ -19,6 +19,7 @@ __all__ = [
     "devices_text",
     "model_card",
     "search_text",
+    "summary_text",
     "table",
     "table_markdown",
     "table_text",

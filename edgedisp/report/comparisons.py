@@ -10,10 +10,10 @@ Tables, plots, `compare` and the verdict take `Comparison.outcome`; nothing else
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from edgedisp.core.results import LOSS_TASK, Difference, Estimate
+from edgedisp.core.results import ANSWERS_TASK, LOSS_TASK, Difference, Estimate, TaskDifference
 from edgedisp.core.run import Run
 from edgedisp.report.formatting import bits, format_estimate
 
@@ -103,7 +103,7 @@ def is_loss(metric: str) -> bool:
 
 
 def is_share(metric: str) -> bool:
-    return metric.startswith(("acc", "exact_match", "f1"))
+    return metric.startswith(("acc", "exact", "f1"))
 
 
 def comparisons(run: Run) -> list[Comparison]:
@@ -115,20 +115,31 @@ def comparisons(run: Run) -> list[Comparison]:
     for models in run.measurements.values():
         for precision, model in models.items():
             floors[precision] = max(floors.get(precision, 0.0), model.noise.floor if model.noise else 0.0)
-    rows = []
-    for arm in run.compared_arms:
-        for precision, tasks in sorted(run.comparisons.get(arm, {}).items(), key=lambda item: bits(item[0])):
-            for task in sorted(tasks, key=lambda name: not is_loss(tasks[name].main.metric)):
-                row = comparison_of(arm, precision, task, tasks[task].main)
-                floor = floors.get(precision, 0.0) if row.unit == "nats" else 0.0
-                if row.estimate.has_interval:
-                    rows.append(replace(row, floor=floor))
+    rows = [
+        replace(row, floor=floors.get(row.precision, 0.0) if row.unit == "nats" else 0.0)
+        for arm in run.compared_arms
+        for row in _of_arm(arm, run.comparisons)
+    ]
     first = _headline(run, rows)
     corrected = iter(holm([row for row in rows if row is not first]))
     ordered = [replace(row, is_headline=True) if row is first else next(corrected) for row in rows]
     if first is not None and first.task == MEAN:  # a headline that is none of the rows
         ordered.insert(0, replace(first, is_headline=True))
     return ordered
+
+
+def gains(run: Run) -> list[Comparison]:
+    """Every comparison arm - base that has an interval; they are no part of the verdict's family."""
+    return [row for arm in run.arms for row in _of_arm(arm, run.gains)]
+
+
+def _of_arm(arm: str, compared: Mapping[str, Mapping[str, Mapping[str, TaskDifference]]]) -> list[Comparison]:
+    """The comparisons of an arm with an interval: fewest bits first, perplexities first in each."""
+    rows = []
+    for precision, tasks in sorted(compared.get(arm, {}).items(), key=lambda item: bits(item[0])):
+        for task in sorted(tasks, key=lambda name: not is_loss(tasks[name].main.metric)):
+            rows.append(comparison_of(arm, precision, task, tasks[task].main))
+    return [row for row in rows if row.estimate.has_interval]
 
 
 def comparison_of(arm: str, precision: str, task: str, difference: Difference) -> Comparison:
@@ -143,8 +154,10 @@ def comparison_of(arm: str, precision: str, task: str, difference: Difference) -
 
 
 def _headline(run: Run, rows: Sequence[Comparison]) -> Comparison | None:
-    """The test fixed beforehand: the main arm's loss at the fewest bits, else its mean over tasks."""
+    """The test fixed beforehand, of the main arm at the fewest bits: exact answers, else loss, else mean."""
     arm = run.main_arm or ""
+    if answers := [row for row in rows if row.arm == arm and row.task == ANSWERS_TASK]:
+        return min(answers, key=lambda row: bits(row.precision))
     if losses := [row for row in rows if row.arm == arm and row.unit == "nats"]:
         return min(losses, key=lambda row: (bits(row.precision), row.task != LOSS_TASK))
     means = {name: mean for name, mean in run.means.get(arm, {}).items() if mean.estimate.has_interval}

@@ -11,11 +11,21 @@ from edgedisp.report import formatting as fmt
 from edgedisp.report.comparisons import comparison_of
 from edgedisp.report.formatting import MISSING, format_estimate
 from edgedisp.report.layout import TERMS, Grid, Section, facts, grid, grid_text, notes, section
-from edgedisp.report.sections import models
+from edgedisp.report.sections import by_model, models
+
+
+def cost_section(run: Run) -> Section:
+    """What each bundle takes on this machine, and quality against cost."""
+    latency, rows = run.latency or DeviceResult("local"), []
+    for name, arm, precision in models(run):
+        if bundle := run.bundles.get(arm, {}).get(precision):
+            rows.append((name, {"bundle": bundle, "timing": latency.timing(f"{arm}/{precision}")}))
+    sizes = [bundle.size_bytes for _, bundle in by_model(run, run.bundles)]
+    return section("cost", [grid("cost", rows, bars=sizes)], plots=("tradeoff",))
 
 
 def latency_section(run: Run) -> Section:
-    """Every bundle's timing on this machine, the measurement's own noise, and quality against cost."""
+    """Every bundle's timing on this machine, and the measurement's own noise."""
     result = run.latency or DeviceResult("local")
     timings = [(name, result.timing(f"{arm}/{precision}"), precision) for name, arm, precision in models(run)]
     rows = [(name, timing) for name, timing, _ in timings if timing]
@@ -27,7 +37,7 @@ def latency_section(run: Run) -> Section:
     remarks = [TERMS["speed_gap"].format(fmt.percent(max(gaps)))] if gaps else []
     remarks += ["Timed: the first seed of each arm."] if len(run.seeds) > 1 else []
     remarks += [*notes("device", result), TERMS["timing"]]
-    return section("latency", [grid("timings", rows)], plots=("tradeoff",), notes=remarks if rows else [])
+    return section("latency", [grid("timings", rows)], notes=remarks if rows else [])
 
 
 def on_devices_section(run: Run) -> Section:

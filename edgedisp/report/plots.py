@@ -34,7 +34,7 @@ def plots(run: Run) -> dict[str, Plot]:
     figures = [
         *condensation,
         training(run),
-        by_precision("scores", whole, {arm: arm for arm in run.arms}),
+        by_precision("scores", whole, {arm: arm for arm in whole.arms}),
         by_precision("differences", whole, {arm: difference(arm) for arm in run.compared_arms}, [0.0]),
         tradeoff(whole),
     ]
@@ -134,22 +134,20 @@ def by_precision(name: str, whole: Table, columns: Mapping[str, str], guides: Se
 
 
 def tradeoff(whole: Table) -> Plot:
-    """Perplexity against size and against decode speed; one line an arm through its precisions."""
-    losses = [metric for metric in whole.metrics if metric.kind == "loss"]
+    """The first score against size and against decode speed; one line an arm through its precisions."""
+    scores = [metric for metric in whole.metrics if metric.kind != "cost"]
     costs = [metric for metric in whole.metrics if metric.key in ("size_bytes", "decode_tokens_per_s")]
     panels = []
-    for loss, cost in itertools.product(losses[:1], costs):
+    for score, cost in itertools.product(scores[:1], costs):
         series = []
         for index, arm in enumerate(whole.arms):
             values = [row.cell(cost, arm).estimate.value for row in whole.rows]
-            losses_of_arm = [row.cell(loss, arm).estimate for row in whole.rows]
-            curve = Series(
-                cost.scale * np.array(values, float), losses_of_arm, arm_color(arm, whole.arms), 1.2
-            )
+            of_arm = [row.cell(score, arm).estimate for row in whole.rows]
+            curve = Series(cost.scale * np.array(values, float), of_arm, arm_color(arm, whole.arms), 1.2)
             names = [] if index else [row.label for row in whole.rows]
             series.append(replace(curve, marker=MARKERS[index % len(MARKERS)], names=names))
         name = f"{cost.title}, {cost.unit}"
-        panels.append(Panel(f"{loss.title} against {name}", series, name, loss.title))
+        panels.append(Panel(f"{score.title} against {name}", series, name, score.title, score.scale))
     return Plot("tradeoff", panels, whole.arms)
 
 

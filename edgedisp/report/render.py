@@ -20,7 +20,7 @@ from edgedisp.report.formatting import count, plural
 from edgedisp.report.layout import Grid, Section, fill_markdown, grid, notes, section, template
 from edgedisp.report.plots import condensation_plots, plots
 from edgedisp.report.results_table import table, table_markdown
-from edgedisp.report.verdict import RULES, verdict
+from edgedisp.report.verdict import RULES, summary, verdict
 
 
 def write(run: Run, output_dir: Path) -> list[Path]:
@@ -35,7 +35,7 @@ def write(run: Run, output_dir: Path) -> list[Path]:
     for path in folder.glob("*.png"):
         path.unlink()
     parts = _content(run)
-    whole, result = parts["table"], parts["verdict"].to_json()
+    whole, result = parts["table"], verdict(run).to_json()
     document = {"format": REPORT_FORMAT, "run": to_json(run), "table": to_json(whole), "verdict": result}
     pictures = [save(plot, folder) for plot in parts["plots"].values()]
     html, markdown = output_dir / "report.html", output_dir / "report.md"
@@ -63,9 +63,10 @@ def _content(run: Run) -> dict[str, Any]:
         run.created[:16].replace("T", " "),
         "smoke run" if run.smoke else "",
     ]
-    content = {"title": run.title, "facts": list(filter(None, facts)), "verdict": verdict(run)}
-    parts = {"table": table(run), "sections": run_sections(run), "plots": plots(run), "arms": run.arms}
-    return content | parts
+    content = {"title": run.title, "facts": list(filter(None, facts)), "questions": summary(run)}
+    parts = {"table": table(run), "sections": run_sections(run), "plots": plots(run)}
+    arms, cost = table(run, all_arms=True).arms, devices.cost_section(run)
+    return content | parts | {"examples": sections.examples(run), "cost": cost, "arms": arms}
 
 
 def run_sections(run: Run) -> list[Section]:
@@ -132,5 +133,5 @@ def _page(
 ) -> str:
     pictures = {name: data_urls(plot) for name, plot in plots.items()}
     colors = {arm: arm_color(arm, arms) for arm in arms}
-    content = {"facts": (), "verdict": None, "table": None, "pictures": pictures, "colors": colors} | content
+    content = {"facts": (), "questions": (), "table": None, "pictures": pictures, "colors": colors} | content
     return template("page.html.j2").render(title=title, sections=sections, plots=plots, **content)

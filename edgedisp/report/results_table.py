@@ -1,6 +1,6 @@
 """The before/after table: precisions down, one group of columns a metric across.
 
-A group has one column an arm and one for the paired difference of the main arm; the last groups are costs.
+A group has one column a model and one for the paired difference of the main arm; the last groups are costs.
 The table holds raw values (shares, bytes, milliseconds); `Metric.scale` turns them into what is shown.
 """
 
@@ -78,7 +78,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """The whole table; `notes` are footnotes."""
+    """The whole table; `arms` may begin with the base; `notes` are footnotes."""
 
     arms: tuple[str, ...]
     metrics: tuple[Metric, ...]
@@ -103,12 +103,13 @@ def difference(arm: str) -> str:
 
 
 def table(run: Run, all_arms: bool = False) -> Table:
-    """The table of a run: the baseline and the main arm, or all arms."""
-    arms = run.arms if all_arms or run.main_arm is None else [BASELINE, run.main_arm]
+    """The table of a run: the base, the baseline and the main arm, or all arms."""
+    base = [BASE] if run.has_base else []
+    arms = base + (run.arms if all_arms or run.main_arm is None else [BASELINE, run.main_arm])
     outcomes = {(row.arm, row.precision, row.task): row.outcome for row in comparisons(run)}
     scores: dict[str, list[TaskScore]] = {}
     rows = [Row(precision) for precision in run.precisions]
-    for row, arm in itertools.product(rows, run.arms):
+    for row, arm in itertools.product(rows, [*base, *run.arms]):
         for task, score in run.measured(arm, row.precision).scores.items():
             scores.setdefault(task, []).append(score)
             row.cells.setdefault(task, {})[arm] = Cell(score.main.estimate)
@@ -118,7 +119,7 @@ def table(run: Run, all_arms: bool = False) -> Table:
             cell = Cell(compared.main.estimate, outcomes.get((arm, row.precision, task), NOT_CLEAR))
             row.cells.setdefault(task, {})[difference(arm)] = cell
     metrics = [_metric(task, of_models[0].main) for task, of_models in scores.items()]
-    metrics = sorted(metrics, key=lambda metric: metric.kind != "loss")
+    metrics = sorted(metrics, key=lambda metric: (metric.key != ANSWERS_TASK, metric.kind != "loss"))
     whole = Table(tuple(arms), (*metrics, *COSTS), tuple(rows), tuple(notes("table", run, scores)))
     return replace(whole, metrics=tuple(metric for metric in whole.metrics if whole.columns(metric)))
 
@@ -129,7 +130,8 @@ def _metric(task: str, score: Score) -> Metric:
         title = "perplexity" if task in ("heldout_perplexity", "perplexity") else f"{task} perplexity"
         return Metric(task, title, kind="loss")
     unit, scale = ("%", 100.0) if is_share(score.metric) else ("", 1.0)
-    return Metric(task, task, unit, scale, score.higher_is_better)
+    title = "exact answers" if task == ANSWERS_TASK else task
+    return Metric(task, title, unit, scale, score.higher_is_better)
 
 
 def _costs(run: Run, arm: str, precision: str) -> dict[str, float | None]:

@@ -5,23 +5,40 @@ What the columns of a table show is in templates/tables.toml, the notes are in t
 
 from __future__ import annotations
 
+import difflib
+import json
+import re
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
-from edgedisp.core.results import BASELINE, Condensation, Estimate, Json, Measurement, Training
+from edgedisp.core.results import (
+    ANSWERS_TASK,
+    BASE,
+    BASELINE,
+    Condensation,
+    Estimate,
+    Json,
+    Measurement,
+    Training,
+)
 from edgedisp.core.run import Run
 from edgedisp.report import formatting as fmt
-from edgedisp.report.comparisons import comparisons
+from edgedisp.report.comparisons import comparisons, gains
 from edgedisp.report.layout import TERMS, TEXTS, Grid, Section, facts, grid, notes, section
 
+UNLIKE = 0.4  # answers less alike than this are shown without marks
+shorten = partial(textwrap.shorten, width=160, placeholder=" …")
 LOG_LIKELIHOODS = ("gold_bits_per_byte", "gold_nll", "word_nll")
 """Metrics of the right answer's log-likelihood; the first that a task has is shown."""
 Value = TypeVar("Value")
 
 
 def models(run: Run) -> list[tuple[str, str, str]]:
-    """(`int4, dispersed`, arm, precision) of every model, most bits first."""
-    pairs = [(arm, precision) for precision in run.precisions for arm in run.arms]
+    """(`int4, dispersed`, arm, precision) of every model, most bits first, the base before the arms."""
+    arms = [BASE, *run.arms] if run.has_base else run.arms
+    pairs = [(arm, precision) for precision in run.precisions for arm in arms]
     return [(f"{fmt.label(precision)}, {arm}", arm, precision) for arm, precision in pairs]
 
 
@@ -100,13 +117,66 @@ def scores_section(run: Run) -> Section:
         for task, compared in differences.items()
         if not compared.metrics.keys().isdisjoint(LOG_LIKELIHOODS)
     ]
+    over_base = [(f"{row.arm}, {row.task}, {fmt.label(row.precision)}", row) for row in gains(run)]
     grids = [
+        grid("answers", measured(run, lambda model: model.scores.get(ANSWERS_TASK))),
+        grid("gains", over_base),
         grid("seeds", with_seeds),
         grid("comparisons", named, folded=len(rows) > 20),
         grid("means", by_model(run, run.means)),
         grid("log_likelihoods", log_likelihoods),
     ]
     return section("scores", grids, plots=("differences", "scores"), notes=notes("scores", run))
+
+
+# Wrong answers
+
+
+def examples(run: Run) -> list[Json]:
+    """The run's wrong answers {prompt, reference, answers}; answers: (models, pieces of `marked`), equal ones
+    together, that of the main arm first, that of the base last. models: (name, precision)."""
+    order, rows = [run.main_arm, *run.arms, BASE], []
+    for answer in run.answers:
+        models: dict[str, list[tuple[str, str]]] = {}
+        for label, text in answer.answers.items():
+            model, _, precision = label.partition("/")
+            models.setdefault(plain(text), []).append((model, precision))
+        texts = sorted(models, key=lambda text: min(order.index(model) for model, _ in models[text]))
+        reference = plain(answer.reference)
+        answers = [(models[text], marked(reference, text)) for text in texts]
+        rows.append({"prompt": shorten(answer.prompt), "reference": reference, "answers": answers})
+    return rows
+
+
+def marked(reference: str, answer: str) -> list[tuple[str, str]]:
+    """An answer in pieces (text, kind), word by word, white space aside. Kinds: `same` as the reference,
+    `other`, `missing` (in the reference alone), for a whole answer `unlike`."""
+    before, after = (re.findall(r"\s*(?:\w+|[^\w\s])", text) for text in (reference, answer))
+    words, other_words = ([word.strip() for word in text] for text in (before, after))
+    matcher = difflib.SequenceMatcher(None, words, other_words, autojunk=False)
+    if matcher.ratio() < UNLIKE:
+        return [(answer or "(nothing)", "unlike")]
+    pieces = []
+    for kind, first, last, start, stop in matcher.get_opcodes():
+        text = "".join(after[start:stop] or before[first:last])
+        pieces.append((text, "same" if kind == "equal" else "other" if start < stop else "missing"))
+    return pieces
+
+
+def plain(text: str) -> str:
+    """A text cut to what fits; a call as `turn_on(area: "cellar")`, other JSON in its usual form."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return shorten(text)
+    return shorten("; ".join(map(_call, value if isinstance(value, list) else [value])))
+
+
+def _call(value: Any) -> str:
+    match value:
+        case {"name": str(name), "arguments": dict(arguments)}:
+            return f"{name}({', '.join(f'{key}: {_call(item)}' for key, item in arguments.items())})"
+    return json.dumps(value, ensure_ascii=False)
 
 
 # Condensation
@@ -208,14 +278,9 @@ def search_text(run: Run) -> str:
 
 
 def sizes_section(run: Run) -> Section:
-    """Where the parameters are, and how large each bundle is."""
+    """Where the parameters are."""
     parameters = [item for item in (run.model.get("parameters") or {}).items() if item[0] != "tied"]
-    bundles = by_model(run, run.bundles)
-    grids = [
-        grid("parameters", parameters, bars=[size for _, size in parameters]),
-        grid("bundles", bundles, bars=[bundle.size_bytes for _, bundle in bundles]),
-    ]
-    return section("sizes", grids)
+    return section("sizes", [grid("parameters", parameters, bars=[size for _, size in parameters])])
 
 
 # Times, reproduction, limits

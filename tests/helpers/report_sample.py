@@ -8,6 +8,7 @@ from typing import Any
 
 from edgedisp.core.files import from_json, to_json
 from edgedisp.core.results import (
+    ANSWERS_TASK,
     Bundle,
     Condensation,
     DeviceResult,
@@ -27,6 +28,7 @@ from edgedisp.core.results import (
     TaskScore,
     Timing,
     Training,
+    WrongAnswer,
 )
 from edgedisp.core.run import Replica, Run, Stage
 
@@ -50,9 +52,11 @@ def loss_difference(value: float, half: float, p: float, base: float = 12.0) -> 
     return TaskDifference(LOSS, {"perplexity": difference})
 
 
-def share_difference(value: float, half: float, p: float, task: str = CLOZE) -> TaskDifference:
+def share_difference(
+    value: float, half: float, p: float, task: str = CLOZE, first: float = 0.4
+) -> TaskDifference:
     estimate = around(value, half, p=p, n=400, documents=60)
-    difference = Difference("accuracy", 0.4, 0.4 + value, estimate, True, None, None, 10, 14, "mcnemar")
+    difference = Difference("accuracy", first, first + value, estimate, True, None, None, 10, 14, "mcnemar")
     nll = Difference("word_nll", 2.0, 1.99, around(-0.01, 0.02, p=0.3), False)
     return TaskDifference(task, {"accuracy": difference, "word_nll": nll})
 
@@ -211,3 +215,31 @@ def several_arms(seeds: int = 1) -> Run:
         run.comparisons["dispersed"]["int4"][LOSS] = TaskDifference(LOSS, {"perplexity": main})
         replicas = {f"{arm}-seed1": Replica(arm, 1, training(arm, 1)) for arm in arms}
     return replace(run, arms=arms, seeds=list(range(seeds)), replicas=replicas)
+
+
+def chat_sample(dispersed: tuple[float, ...] = (0.72, 0.71, 0.647)) -> Run:
+    """A run scored by its answers to 300 questions, with the base; dispersed: shares of exact ones."""
+    shares = {"base": (0.02, 0.02, 0.0), "baseline": (0.71, 0.707, 0.64), "dispersed": dispersed}
+
+    def measured(share: float) -> Measurement:
+        exact = Score("exact", around(share, 0.05, n=300), True, True)
+        return Measurement({ANSWERS_TASK: TaskScore(ANSWERS_TASK, {"exact": exact})})
+
+    def compared(first: str, second: str) -> dict[str, dict[str, TaskDifference]]:
+        changes = {}
+        for at, before, after in zip(SIZE, shares[first], shares[second]):
+            form = 0.041, float(abs(after - before) < 0.05), ANSWERS_TASK, before
+            changes[at] = {ANSWERS_TASK: share_difference(after - before, *form)}
+        return changes
+
+    run, call = sample(), '{"name": "turn_off", "arguments": {"area": "cellar", "device": "lights"}}'
+    answers = {"base/int4": "Sure!", "baseline/int4": call, "dispersed/int4": call.replace("cellar", "hall")}
+    return replace(
+        run,
+        precisions=[*SIZE],
+        bundles=run.bundles | {"base": run.bundles["baseline"]},
+        measurements={arm: dict(zip(SIZE, map(measured, shares[arm]))) for arm in shares},
+        comparisons={"dispersed": compared("baseline", "dispersed")},
+        gains={arm: compared("base", arm) for arm in run.arms},
+        answers=[WrongAnswer("Lights off in the <cellar>", call, answers)],
+    )

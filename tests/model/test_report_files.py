@@ -10,13 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from report_sample import device, sample, several_arms
+from report_sample import chat_sample, device, sample, several_arms
 
 from edgedisp.core.errors import BadInput
 from edgedisp.core.results import BASELINE, Estimate
 from edgedisp.core.run import Run
 from edgedisp.pipeline.run_results import load
-from edgedisp.report import model_card, verdict
+from edgedisp.report import model_card, table, verdict
 from edgedisp.report.figure import save
 from edgedisp.report.plots import pilot_plot, plots
 from edgedisp.report.render import devices_page, page, write
@@ -40,6 +40,16 @@ def test_the_page_loads_nothing_and_has_every_section(folder: Path) -> None:
     pictures = re.findall(r"\]\((plots/.+?\.png)\)", text)
     assert pictures and all((folder / path).is_file() for path in pictures)
     assert set(pictures) == {f"plots/{path.name}" for path in (folder / "plots").iterdir()}
+
+
+def test_the_first_screen_answers_three_questions_and_the_rest_is_folded() -> None:
+    for run in (chat_sample(), sample()):
+        first, rest = page(run).split('<section id="cost">')
+        titles = re.findall("<h2>(.+?)</h2>", first)
+        assert titles[:3] == ["Does it work?", "What do four bits cost?", "Did dispersion help?"]
+        assert first.count("<svg") == first.count('class="value"') == 3 * len(table(run).arms)
+        assert rest.count("<details><summary><h2>") == rest.count("<h2>") - 1
+    assert "in the &lt;cellar&gt;" in page(chat_sample()) and "<mark>hall</mark>" in page(chat_sample())
 
 
 def test_the_same_run_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from edgedisp.report.formatting import (
     typographic,
 )
 from edgedisp.report.layout import Grid, escape_markdown, fenced, grid_markdown, grid_text
+from edgedisp.report.sections import marked, plain
 
 
 def test_an_estimate_has_two_digits_of_its_half_width() -> None:
@@ -52,3 +53,11 @@ def test_a_terminal_table_keeps_to_its_width_and_obeys_no_control_character() ->
     assert max(map(len, text.splitlines())) <= 60 and "\x1b" not in text
     assert "column 8" not in text  # it holds no figure
     assert text.count("name") > 1  # the columns that do not fit stand below, with the names again
+
+
+def test_the_differences_of_an_answer_are_marked() -> None:
+    call = plain('{"name": "turn_on", "arguments": {"area": "hall", "level": 3}}')
+    assert call == 'turn_on(area: "hall", level: 3)'
+    marks = [piece for piece in marked(call, 'turn_on(area: "bath")') if piece[1] != "same"]
+    assert marks == [("bath", "other"), (", level: 3", "missing")]
+    assert marked(call, "Sure, I can help!") == [("Sure, I can help!", "unlike")]

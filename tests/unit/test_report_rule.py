@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from report_sample import CLOZE, LOSS, loss_difference, sample, several_arms, share_difference
+from report_sample import CLOZE, LOSS, chat_sample, loss_difference, sample, several_arms, share_difference
 
 from edgedisp.core.results import AS_GIVEN, Estimate
 from edgedisp.core.run import Run
@@ -16,7 +16,7 @@ from edgedisp.report import table, table_text, verdict
 from edgedisp.report.comparisons import NOT_CLEAR, comparisons, headline, holm
 from edgedisp.report.results_table import difference
 from edgedisp.report.sections import scores_section
-from edgedisp.report.verdict import CANNOT_TELL, FEWEST_DOCUMENTS, HELPS, HURTS, NULL, SINGLE
+from edgedisp.report.verdict import CANNOT_TELL, FEWEST_DOCUMENTS, HELPS, HURTS, NULL, SINGLE, summary
 
 
 def closed_test(ps: list[float]) -> list[float]:
@@ -153,3 +153,21 @@ def test_the_verdict_tells_the_spread_of_several_seeds() -> None:
     result = verdict(several_arms(seeds=2))
     assert "2 seeds differ by" in result.sentence
     assert math.isclose(result.headline.estimate.seeds.sd, 0.0007)  # type: ignore[union-attr, arg-type]
+
+
+def test_exact_answers_are_the_headline_where_they_were_asked_for() -> None:
+    null = verdict(chat_sample())
+    assert null.label == NULL and null.parts[1].startswith(
+        "A difference of 5.9 points or more would be found"
+    )
+    assert "exact answers at int4, dispersed - baseline, is +0.7 points" in null.sentence
+    better = verdict(chat_sample((0.72, 0.71, 0.74))).parts[0]
+    assert better.endswith("model is better than this baseline at int4: 64.0 % -> 74.0 % exact answers.")
+
+
+def test_it_works_where_the_arms_clearly_beat_the_base() -> None:
+    works, cost, _ = summary(chat_sample())
+    assert works.answer == "Yes. Exact answers at int4: base 0.0 %, baseline 64.0 %, dispersed 64.7 %."
+    assert "5.5 times smaller" in cost.answer and "exact answers: 72.0 % -> 64.7 %" in cost.answer
+    assert summary(chat_sample((0.0, 0.0, 0.01)))[0].answer.startswith("In part.")
+    assert summary(replace(chat_sample(), smoke=True))[0].answer.startswith("Exact answers")
