@@ -31,6 +31,7 @@ from edgedisp.train import lora
 
 AUDIT_BLOCKS, AUDIT_TOKENS = 8, 4096  # at least, of a row; 5 s for 135M parameters on 2 cores
 BOOTSTRAP = 2000
+GRID = {"method", "group", "symmetric", "head_bits"}
 NATS = Metric("loss", "nll", "tokens", higher_is_better=False)
 NO_ADAPTER, ADAPTER_ON = "no adapter", "adapter on"
 FULL, DEQUANTIZED = "full", "dequantized"
@@ -60,7 +61,8 @@ def merge(options: MergeOptions, inputs: Inputs, output_dir: Path, progress: Pro
 
     Inputs: base, corpus, adapter; decider: the model of the arm whose audit decides, where this one does not.
     Returns the training's results with `merge_audit`: rows {name, loss, difference from the adapter on},
-    gains of the merged model over the base {fp32, int4}, in nats per token; chosen, why, warning.
+    gains of the merged model over the base {fp32, int4}, in nats per token; chosen, why, warning. int4 stands
+    where `options.int4` does.
     """
     rows = _score(options, inputs, progress)
 
@@ -69,19 +71,21 @@ def merge(options: MergeOptions, inputs: Inputs, output_dir: Path, progress: Pro
         estimate = difference([(rows[before], rows[after])], NATS, resampling).estimate
         return {"difference": estimate.value, "low": estimate.low, "high": estimate.high}
 
-    suffix = ", int4" if options.int4_ships else ""
+    suffix = "" if options.int4 is None else ", int4"
     full, dequantized = (f"{merged}{suffix}" for merged in MERGED.values())
     decision = change(full, dequantized) if dequantized in rows else None
     choice = choose_base(options.adapter, decision, inputs.get("decider"))
     tokens, merged = sum(item["tokens"] for item in rows[ADAPTER_ON]), MERGED[choice["chosen"]]
     losses = {name: sum(item["nll"] for item in items) / tokens for name, items in rows.items()}
+    grid = None if options.int4 is None else options.int4.model_dump(include=GRID)
     audit = {
         "rows": [{"name": name, "loss": loss, **change(ADAPTER_ON, name)} for name, loss in losses.items()],
         "tokens": tokens,
-        "grid": options.int4.model_dump(include={"method", "group", "symmetric", "head_bits"}),
+        "grid": grid,
         "gains": {
-            "fp32": change(NO_ADAPTER, merged),
-            "int4": change(f"{NO_ADAPTER}, int4", f"{merged}, int4"),
+            bits: change(f"{NO_ADAPTER}{ending}", f"{merged}{ending}")
+            for bits, ending in (("fp32", ""), ("int4", suffix))
+            if bits == "fp32" or ending
         },
         **choice,
     }
@@ -129,7 +133,7 @@ def _rows(
         rows[f"{name}, bf16"] = _items(model, blocks)
         model.load_state_dict(weights)
         del weights
-    if name != ADAPTER_ON:
+    if name != ADAPTER_ON and options.int4 is not None:
         round_as_bundle(BundleRounding(4, options.int4), model.cpu(), corpus)
         rows[f"{name}, int4"] = _items(model, blocks)
     return rows

@@ -225,7 +225,8 @@ def merge(recipe: Recipe, adapter: Adapter, arm: str) -> Stage:
     decider = deciding_arm(recipe)
     if adapter.kind == "qlora" and adapter.merge == "auto" and arm != decider:
         inputs["decider"] = f"{decider}/model"
-    read = options.MergeOptions(adapter, recipe.quantize.int4, "int4" in recipe.precisions, recipe.seed)
+    is_judged = adapter.kind == "qlora" and "int4" in recipe.precisions
+    read = options.MergeOptions(adapter, recipe.quantize.int4 if is_judged else None, recipe.seed)
     return Stage(f"{arm}/model", f"{HERE}.adapters:merge", read, inputs)
 
 

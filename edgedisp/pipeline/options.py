@@ -81,11 +81,11 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """How an adapter is audited and merged; int4_ships: whether the audit judges by the int4 rounding."""
+    """How an adapter is audited and merged. int4: the rounding that bases are judged by; None: none, as lora
+    has one base alone."""
 
     adapter: Adapter
-    int4: QuantizeBits
-    int4_ships: bool
+    int4: QuantizeBits | None
     seed: int
 
 

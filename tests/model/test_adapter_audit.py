@@ -76,7 +76,7 @@ def test_the_audit_holds_the_losses_of_models_made_by_hand(
     folders = stage_folders(tmp_path, base)
     output_dir = tmp_path / "merged"
     output_dir.mkdir()
-    options = MergeOptions(AUTO, INT4, int4_ships=True, seed=0)
+    options = MergeOptions(AUTO, INT4, seed=0)
     in_memory: list[int] = []
     results = adapters.merge(
         options, Inputs(**folders), output_dir, lambda *_: in_memory.append(models_in_memory())
