@@ -87,6 +87,7 @@ def make_plan(recipe: Recipe, run: Path, *, probe: bool, screen: Screen) -> dict
     check_before_start(recipe)
     threads, limit = threads_for(recipe), recipe.evaluate.limit
     points = 100 * comparison.detectable_accuracy(limit)
+    answers = comparison.detectable_accuracy(limit, comparison.DIFFERING_ANSWERS)
     for_published = limit
     for _ in range(3):  # steps of a fixed point: a detectable difference shrinks by the root of the items
         ratio = 100 * comparison.detectable_accuracy(for_published) / PUBLISHED_POINTS
@@ -124,24 +125,11 @@ def make_plan(recipe: Recipe, run: Path, *, probe: bool, screen: Screen) -> dict
             "points": points,
             "nats": {name: comparison.detectable_loss(limit, name) for name in recipe.precisions},
             "items_for_published": for_published,
-            "answers": _detectable_answers(recipe, passed[2][1]),
+            "answers": 100 * answers if ANSWERS_TASK in recipe.evaluate.tasks else None,
         },
         "sizes": sizes,
     }
     return plan | {"estimate": _estimate(recipe, model, plan, screen.progress) if probe else None}
-
-
-def _detectable_answers(recipe: Recipe, items: Record | None) -> dict[str, Any] | None:
-    """The difference in exact answers that shows; items: of the finished stage, which knows their number."""
-    from edgedisp.evaluate import comparison
-
-    if ANSWERS_TASK not in recipe.evaluate.tasks:
-        return None
-    count = recipe.evaluate.limit if items is None else items.results["heldout_items"][ANSWERS_TASK]
-    return {
-        "items": count,
-        "points": 100 * comparison.detectable_accuracy(count, comparison.DIFFERING_ANSWERS),
-    }
 
 
 def _model(recipe: Recipe, base: Path | None, weights: bool, progress: Progress) -> Any:
@@ -290,9 +278,8 @@ def render(plan: dict[str, Any], width: int = 100) -> str:
         f"  the smallest published gain, {PUBLISHED_POINTS} points over all tasks, takes "
         f"{detectable['items_for_published']:,} items (evaluate.limit)",
     ]
-    if (answers := detectable["answers"]) is not None:
-        exact = f"{answers['points']:.1f} points of exact answers in {answers['items']:,} conversations"
-        sees.insert(1, f"  {exact} (heldout_answers)")
+    if detectable["answers"] is not None:
+        sees.insert(1, f"  {detectable['answers']:.1f} points of exact answers")
     if detectable["seeds"] == 1:
         sees.append("  one seed cannot tell a gain from the luck of training: seeds: 3 can")
     needs = []

@@ -218,8 +218,4 @@ def _number(text: str) -> float:
     return int(value) if value.is_integer() else value
 
 
-def _refuse(name: str) -> float:
-    raise ValueError(f"{name} is no JSON")
-
-
-_DECODER = json.JSONDecoder(parse_float=_number, parse_constant=_refuse)
+_DECODER = json.JSONDecoder(parse_float=_number)

@@ -25,12 +25,11 @@ from edgedisp.data import local_path
 from edgedisp.pipeline import options
 from edgedisp.pipeline.options import TASKS_PATH, BundleRounding
 from edgedisp.pipeline.stage import Passed, Stage, walk
-from edgedisp.recipe import BITS, Adapter, ArmRun, Recipe, Source, Train, load_target
+from edgedisp.recipe import BITS, Adapter, ArmRun, Recipe, Train, load_target
 
 TORCH = "torch"
 HERE = "edgedisp.pipeline"
 START = {"base": "base", "corpus": "corpus"}  # inputs that nearly every stage has
-FIELDS = ("messages", "prompt", "completion", "tools")  # of a source of conversations
 UNTRAINED = "untrained"  # the folder of what is made of the base itself
 
 
@@ -156,13 +155,12 @@ def items(recipe: Recipe) -> Stage:
 
 def _items_options(recipe: Recipe) -> options.ItemsOptions:
     """What the questions depend on, without what only their scoring does."""
-    evaluate, answers = recipe.evaluate, None
-    if evaluate.answers is not None:
-        chat = next((source for source in recipe.data.train if source.is_chat), None)
-        fields = {"messages": "messages"} if chat is None else chat.model_dump(include=set(FIELDS))
-        answers = Source(source=evaluate.answers, **fields)
-    evaluate = evaluate.model_copy(update={"bootstrap": 0, "divergence_tokens": 0, "base": None})
-    return options.ItemsOptions(evaluate, recipe.data.context, recipe.seed, answers)
+    unread = {"bootstrap": 0, "divergence_tokens": 0, "base": None}
+    fields = {"messages": "messages"} if recipe.evaluate.answers else {}
+    if fields and (chats := [source for source in recipe.data.train if source.is_chat]):
+        fields = chats[0].model_dump(include={"messages", "prompt", "completion", "tools"})
+    evaluate = recipe.evaluate.model_copy(update=unread)
+    return options.ItemsOptions(evaluate, recipe.data.context, recipe.seed, fields)
 
 
 def _tasks(recipe: Recipe) -> dict[str, Path]:

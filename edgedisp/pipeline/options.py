@@ -9,18 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from edgedisp.recipe import (
-    Adapter,
-    ArmRun,
-    Data,
-    Evaluate,
-    Latency,
-    Model,
-    QuantizeBits,
-    Source,
-    Target,
-    Train,
-)
+from edgedisp.recipe import Adapter, ArmRun, Data, Evaluate, Latency, Model, QuantizeBits, Target, Train
 
 ITEMS = "items.json"  # in the folders of the stages `items` and `measure`
 TASKS_PATH = "evaluate.tasks_path"
@@ -60,12 +49,12 @@ class CorpusOptions:
 
 @dataclass(frozen=True)
 class ItemsOptions:
-    """answers: the conversations of evaluate.answers, in the place of the held-out ones."""
+    """answers: the fields of a row of evaluate.answers, by the keys of `data.train`."""
 
     evaluate: Evaluate
     context: int
     seed: int
-    answers: Source | None = None
+    answers: Mapping[str, str | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from edgedisp.pipeline import chat_corpus
 from edgedisp.pipeline.chat_corpus import Packed
 from edgedisp.pipeline.options import ITEMS, TASKS_PATH, BaseOptions, CorpusOptions, ItemsOptions
 from edgedisp.pipeline.stage import Inputs
-from edgedisp.recipe import Data
+from edgedisp.recipe import Data, Source
 from edgedisp.report.formatting import percent, plural
 
 PACKING = "packing.json"  # how the blocks of the corpus folder are to be read in training
@@ -232,10 +232,10 @@ def task_suite(options: ItemsOptions, inputs: Inputs) -> TaskSuite:
         evaluate.answer_tokens,
     )
     documents = heldout_documents(inputs["corpus"])
-    if (source := options.answers) is not None:
-        path = data.fetch(str(inputs.files.get(source.source, source.source)))
+    if (name := evaluate.answers) is not None:
+        source = Source(source=name, **options.answers)
         documents = [document for document in documents if not isinstance(document, data.Conversation)]
-        documents += data.read_documents(path, source)
+        documents += data.read_documents(data.fetch(str(inputs.files.get(name, name))), source)
     return make_suite(inputs["base"], documents, suite)
 
 

@@ -41,6 +41,6 @@ def test_an_answer_is_judged_by_its_json_and_the_words_around_it(
     assert tuple(judged.values()) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("text", ["[" * 5000, '{"a": NaN}', "{" * 50 + "}" * 50, '{"a": ' + "9" * 5000 + "}"])
+@pytest.mark.parametrize("text", ["[" * 5000, "{" * 50 + "}" * 50, '{"a": ' + "9" * 5000 + "}"])
 def test_what_is_no_json_stays_words(text: str) -> None:
     assert parse(text) == [text]
