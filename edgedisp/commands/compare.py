@@ -17,7 +17,7 @@ from edgedisp.bench.system import physical_cores
 from edgedisp.core.errors import BadInput
 from edgedisp.core.files import check_files, check_writable, digest, to_json, write_json
 from edgedisp.core.progress import Progress, labelled
-from edgedisp.core.results import AS_GIVEN, BASE, BASELINE, DISPERSED, DeviceResult, Measurement
+from edgedisp.core.results import ANSWERS_TASK, AS_GIVEN, BASE, BASELINE, DISPERSED, DeviceResult, Measurement
 from edgedisp.core.run import Run
 from edgedisp.core.stage_folder import SCORES
 from edgedisp.evaluate.heldout_tasks import SuiteOptions
@@ -26,6 +26,7 @@ from edgedisp.graph.genai_config import context_length
 from edgedisp.pipeline.measure import Scorer
 from edgedisp.pipeline.prepare import make_suite
 from edgedisp.pipeline.run_results import Scored, join, load, read_scored, surroundings
+from edgedisp.recipe import Source
 
 BOOTSTRAP = 2000  # resamples behind each interval
 RESERVED = (BASELINE, DISPERSED, "torch", "bf16", "fp16", "fp32", "int8", "int4")  # no names of models
@@ -146,7 +147,8 @@ def _suites(folders: Sequence[Path], options: SuiteOptions, text: Path | None) -
     heldout = [name for name in expand(tasks) if name.startswith("heldout")]
     if text is None and heldout:
         raise BadInput(f"--tasks {heldout[0]}: is made from text; name a file of documents with --text")
-    documents = [] if text is None else data.read_documents(text)
+    source = None if ANSWERS_TASK not in tasks else Source(source=str(text), messages="messages")
+    documents = [] if text is None else data.read_documents(text, source)
     most = min(_context(folder) for folder in folders)
     if options.context > most:
         raise BadInput(

@@ -8,9 +8,11 @@ in any order, any white space between them) and the same words around them; call
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -77,23 +79,32 @@ def score(
     questions: Sequence[Question],
     model: Any,
     tokenizer: TextTokenizer,
-    answer_tokens: int,
+    suite: SuiteOptions,
     options: ScoreOptions,
     resampling: Resampling,
 ) -> TaskResult:
-    """Let a model answer the questions that `build` made. One that is cut at `answer_tokens` is as right as
-    what is there. Parts of calls are metrics where the references hold any."""
+    """Let a model answer the questions that `build` made. An answer that is cut is as right as what is there.
+    Parts of calls are metrics where the references hold any. The loss is that of the first references, up to
+    `perplexity_tokens`; the others add nothing to its sums."""
     from edgedisp import models
 
     stop_ids = models.end_of_turn_ids(tokenizer.tokenizer)
-    prompts = [tuple(question.requests[0][0]) for question in questions]
-    answers = generate(model, prompts, answer_tokens, stop_ids, options)
-    likelihoods = loglikelihoods(model, [question.requests[0] for question in questions], options)
+    requests = [question.requests[0] for question in questions]
+    answers = generate(
+        model, [tuple(prompt) for prompt, _ in requests], suite.answer_tokens, stop_ids, options
+    )
+    budget = suite.perplexity_tokens or math.inf
+    totals = accumulate(len(reference) for _, reference in requests)
+    count = max(LEAST, sum(total <= budget for total in totals))
+    losses = [
+        {"nll": -likelihood.sum_logprob, "tokens": len(likelihood.logprobs)}
+        for likelihood in loglikelihoods(model, requests[:count], options)
+    ]
+    losses += [{"nll": 0.0, "tokens": 0}] * (len(requests) - len(losses))
     items = []
-    for question, answer, likelihood in zip(questions, answers, likelihoods):
-        item: dict[str, Any] = {"id": question.id, "document": question.document}
-        item |= {"nll": -likelihood.sum_logprob, "tokens": len(likelihood.logprobs)}
+    for question, answer, loss in zip(questions, answers, losses):
         text = _decoded(tokenizer, answer, stop_ids)
+        item = {"id": question.id, "document": question.document, **loss}
         item |= judge(question.notes["reference"], text)
         items.append({**item, **question.notes, "answer": text, "asked": question.fingerprint()})
     has_calls = any(calls(parse(question.notes["reference"])) for question in questions)

@@ -56,8 +56,8 @@ class TaskSuite:
         for name, questions in self.questions.items():
             of_task = replace(options, progress=labelled(options.progress, name))
             if name == ANSWERS_TASK:
-                most = self.options.answer_tokens
-                results[name] = answers.score(questions, model, self.tokenizer, most, of_task, resampling)
+                scored = answers.score(questions, model, self.tokenizer, self.options, of_task, resampling)
+                results[name] = scored
             else:
                 results[name] = heldout_tasks.score(name, questions, model, of_task, resampling)
         for name, tasks in self.harness_tasks.items():

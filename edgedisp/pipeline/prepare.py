@@ -231,12 +231,18 @@ def task_suite(options: ItemsOptions, inputs: Inputs) -> TaskSuite:
         evaluate.trust_task_code,
         evaluate.answer_tokens,
     )
-    documents = heldout_documents(inputs["corpus"])
-    if (name := evaluate.answers) is not None:
-        source = Source(source=name, **options.answers)
-        documents = [document for document in documents if not isinstance(document, data.Conversation)]
-        documents += data.read_documents(data.fetch(str(inputs.files.get(name, name))), source)
-    return make_suite(inputs["base"], documents, suite)
+    return make_suite(inputs["base"], _question_documents(options, inputs), suite)
+
+
+def _question_documents(options: ItemsOptions, inputs: Inputs) -> list[data.Document]:
+    """What is held out, with the conversations of evaluate.answers in the place of those."""
+    documents, name = heldout_documents(inputs["corpus"]), options.evaluate.answers
+    if name is None:
+        return documents
+    source = Source.model_validate({"source": name, **options.answers})
+    path = data.fetch(str(inputs.files.get(name, name)))
+    texts = [document for document in documents if not isinstance(document, data.Conversation)]
+    return [*texts, *data.read_documents(path, source)]
 
 
 def make_suite(folder: Path, documents: Sequence[data.Document], options: SuiteOptions) -> TaskSuite:
@@ -245,12 +251,15 @@ def make_suite(folder: Path, documents: Sequence[data.Document], options: SuiteO
 
 
 def items(options: ItemsOptions, inputs: Inputs, output_dir: Path, progress: Progress) -> dict[str, Any]:
-    """Make the questions before anything is trained, to find too little text or missing data early."""
-    suite = task_suite(options, inputs)
+    """Make the questions before anything is trained, to find too little text or missing data early, and
+    conversations of evaluate.answers that ask what the training data ask."""
+    allow = options.evaluate.answers is None or options.evaluate.allow_training_rows
+    documents, suite = _question_documents(options, inputs), task_suite(options, inputs)
     results = {
         "heldout_items": {name: len(questions) for name, questions in suite.questions.items()},
         "harness_tasks": sorted(suite.harness_tasks),
         "missing": suite.missing,
+        "training_rows": chat_corpus.check_unseen(inputs["corpus"], documents, allow),
     }
     write_json(output_dir / ITEMS, results)
     return results

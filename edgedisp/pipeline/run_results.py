@@ -144,7 +144,8 @@ def _compared(run: Run, folder: Path, resampling: Resampling) -> Run:
         for arm, at in itertools.product(arms, run.precisions):
             gained = comparison.gains(scored[BASE][at][0], scored[arm][at], resampling)
             run.gains.setdefault(arm, {})[at] = gained
-    results = {f"{arm}/{at}": scored[arm][at][0] for arm in scored for at in bundles}
+    models = [name for name in (BASE, *arms) if name in scored]
+    results = {f"{name}/{at}": scored[name][at][0] for name in models for at in bundles}
     shipped = f"{run.main_arm or arms[-1]}/{bundles[-1]}"
     return replace(run, answers=wrong_answers(results, shipped), prompt=short_prompt(results[shipped]))
 

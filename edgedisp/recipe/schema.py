@@ -284,7 +284,7 @@ class Evaluate(Section):
     limit: values.Count = 100
     """items scored in each task"""
     perplexity_tokens: values.Count | None = None
-    """most held-out tokens for perplexity; null: all"""
+    """most held-out tokens for perplexity, and of the answers whose loss heldout_answers gives; null: all"""
     bootstrap: Annotated[int, Ge(1), Le(10**6), WHOLE] = 2000
     """resamples behind each interval"""
     divergence_tokens: values.Count = 2048
