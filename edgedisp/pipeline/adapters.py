@@ -30,6 +30,7 @@ from edgedisp.recipe import Adapter
 from edgedisp.train import lora
 
 AUDIT_BLOCKS, AUDIT_TOKENS = 8, 4096  # at least, of a row; 5 s for 135M parameters on 2 cores
+CHECKED_BLOCKS = 4  # where there is one base alone, so that nothing is chosen
 BOOTSTRAP = 2000
 GRID = {"method", "group", "symmetric", "head_bits"}
 NATS = Metric("loss", "nll", "tokens", higher_is_better=False)
@@ -106,7 +107,10 @@ def _merged(kind: str, options: MergeOptions, inputs: Inputs) -> Any:
 def _score(options: MergeOptions, inputs: Inputs, progress: Progress) -> dict[str, list[dict[str, Any]]]:
     """Row of the audit -> one item a block, as evaluate/statistics.py takes them."""
     adapter, base, corpus = options.adapter, inputs["base"], inputs["corpus"]
-    blocks = torch.from_numpy(heldout_blocks(corpus, blocks=AUDIT_BLOCKS, tokens=AUDIT_TOKENS))
+    size = {"blocks": CHECKED_BLOCKS}
+    if adapter.base is not None:
+        size = {"blocks": AUDIT_BLOCKS, "tokens": AUDIT_TOKENS}
+    blocks = torch.from_numpy(heldout_blocks(corpus, **size))
     loaders: dict[str, Callable[[], Any]] = {
         NO_ADAPTER: lambda: models.load(base),
         ADAPTER_ON: lambda: lora.load_adapter(inputs["adapter"], _base(adapter, base)),
