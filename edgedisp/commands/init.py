@@ -36,7 +36,7 @@ WORKS = "`messages` (list of role, content), `conversations` (list of from, valu
 UNSEEN = "# architecture: the model_type of the base's config.json, which --smoke needs; not seen here"
 LOOKED_AT, MEASURED, SHOWN = 100, 2000, 5  # rows: for their form, for lengths (evenly chosen), with faults
 LONGEST = 4096  # tokens of a suggested context
-CHARACTERS_PER_TOKEN = 3  # without a tokenizer: rather too long a context than too short
+LETTERS = 3  # of a token, where there is no tokenizer: rather too long a context than too short
 ROWS_PER_STEP, STEPS = 16, 250  # of a small set; a large one is read once
 
 
@@ -106,13 +106,9 @@ def _measured(result: Survey, base: str, progress: Progress) -> Survey:
             names = [name for name in HUB_FILES if not name.startswith("model")]
             path = download_model(path, None, names, progress)
     except NotAtHand as error:
-        texts = [(row.text, str(row.messages[-1])) for row in rows]
-        guesses = [
-            (len(row) // CHARACTERS_PER_TOKEN, len(last) // CHARACTERS_PER_TOKEN) for row, last in texts
-        ]
-        return result._replace(
-            notes=[f"not seen; tokens are guessed from characters ({error})"], lengths=guesses
-        )
+        notes = [f"not seen; tokens are guessed from characters ({error})"]
+        guesses = [(len(row.text) // LETTERS, len(str(row.messages[-1])) // LETTERS) for row in rows]
+        return result._replace(notes=notes, lengths=guesses)
     tokenizer = load_tokenizer(path)
     notes = chat_format(tokenizer).notes() or ["it shows tools, calls and all roles itself"]
     progress(0, 0, f"rendering {len(rows):,} rows by the base's template")
