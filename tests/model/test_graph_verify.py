@@ -34,6 +34,9 @@ def test_a_good_bundle_passes_with_its_facts(bundle: Path, twins: TwinStore) -> 
     chat = {"chat": f"{len(ids)}/{len(ids)}", "chat_template": "as transformers"}
     assert record["genai"] == {"opened": True, "greedy_agrees": "3/3", "tokenizer_agrees": "4/4", **chat}
     assert json.loads(json.dumps(record)) == record
+    pad = json.loads((bundle / "genai_config.json").read_text())["model"]["pad_token_id"]
+    ended = check_bundle(OnnxModel(bundle, 1), [[*prompt, pad] for prompt in PROMPTS], texts=TEXTS)
+    assert ended["genai"] == record["genai"], "genai masks a pad token at the end of a prompt"
     assert check_bundle(OnnxModel(twins.quantized("gpt2", 4), 1), PROMPTS)["difference_limit"] == 0.2
 
 
