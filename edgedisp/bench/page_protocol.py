@@ -34,7 +34,7 @@ PAGE_BYTES = 150 * MIB  # of memory, for a page without weights
 CONTEXT_CAP = 4096  # of a conversation on the page; the cache of SmolLM2-135M is then 190 MB
 SETTINGS_FILES = (
     *("config.json", "generation_config.json", "genai_config.json", "tokenizer.json"),
-    *("tokenizer_config.json", "chat_template.jinja"),
+    *("tokenizer_config.json", "chat_template.jinja", "app.json"),
 )
 
 # Uploads

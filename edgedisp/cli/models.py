@@ -71,21 +71,23 @@ def export(
 def chat(
     bundle: Annotated[Path, Argument(metavar="BUNDLE", help="A bundle with a genai_config.json.")],
     prompt: Annotated[str | None, Option(help="Answer this one message and stop.")] = None,
-    system: Annotated[str | None, Option(help="System message.")] = None,
+    system: Annotated[str | None, Option(help="Default: that of app.json.")] = None,
     max_new_tokens: Annotated[int | None, Option(min=1, help="Default: 256 at most.")] = None,
     temperature: Annotated[float, Option(min=0.0, max=100.0, help="0 is greedy.")] = 0.0,
     seed: Annotated[int, Option(min=0, max=2**31)] = 0,
     threads: Annotated[int | None, Option(min=1, max=MOST_THREADS, help="Default: the bundle's.")] = None,
     context: Annotated[int | None, Option(min=2, help="Default: 4096 at most.")] = None,
+    as_json: Annotated[bool, Option("--json", help="Print each answer as a line of JSON.")] = False,
 ) -> None:
     """Talk to a finished bundle through onnxruntime-genai; a line from standard input is one message.
 
-    Answers go to stdout, all else to stderr. At a terminal, Ctrl-C ends an answer, Ctrl-D the conversation.
+    Answers go to stdout, all else to stderr; a tool call is shown as name(argument=value). At a terminal,
+    Ctrl-C ends an answer, Ctrl-D the conversation.
     """
     from edgedisp.commands.chat import ChatOptions, Conversation
 
     interruptible = prompt is None and sys.stdin.isatty()
-    options = ChatOptions(system, max_new_tokens, threads, context, temperature, seed, interruptible)
+    options = ChatOptions(system, max_new_tokens, threads, context, temperature, seed, interruptible, as_json)
     write, note = partial(typer.echo, nl=False), partial(typer.echo, err=True)
     conversation = Conversation(bundle, options, write, note)
     if prompt is None:

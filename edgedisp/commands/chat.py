@@ -1,13 +1,14 @@
 """`edgedisp chat`: talk to a finished bundle through onnxruntime-genai, as an app on the device would.
 
 The conversation becomes the ids of transformers' `apply_chat_template`, as in training, and the answer is
-streamed. The key-value cache stays between turns: a common prefix is not computed again. When the
-conversation outgrows the context, its oldest turns are dropped; the system prompt stays.
+streamed; a tool call is shown whole. The key-value cache stays between turns: a common prefix is not computed
+again. When the conversation outgrows the context, its oldest turns are dropped; the system prompt stays.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -20,12 +21,15 @@ from tokenizers.decoders import DecodeStream
 from edgedisp import models
 from edgedisp.bench.system import physical_cores
 from edgedisp.core.errors import BadInput
-from edgedisp.core.files import check_files
+from edgedisp.core.files import APP, check_files, read_json
+from edgedisp.evaluate import answers
+from edgedisp.graph.app_contract import ANSWER
 from edgedisp.graph.genai_config import chat_template, read_config
 from edgedisp.models import Message
 from edgedisp.report.formatting import plural
 
-DEFAULT_ANSWER = 256
+MAY_BE_CALL = re.compile(r"\s*[\[{<]")  # the start of an answer
+TAGS = re.compile(r"\s*<think>.*?</think>|</?tool_call>", re.DOTALL)  # Qwen's, around calls
 CONTEXT_CAP = 4096  # the cache is allocated in full at once: 190 MB for SmolLM2-135M
 
 
@@ -33,8 +37,9 @@ CONTEXT_CAP = 4096  # the cache is allocated in full at once: 190 MB for SmolLM2
 class ChatOptions:
     """max_new_tokens None: 256, or half of a small context. threads None: the bundle's, at most the cores.
 
-    context: caps the model's own; None: 4096. temperature 0 takes the likeliest token. interruptible: Ctrl-C
-    ends an answer, and the conversation goes on.
+    system None: that of app.json. context: caps the model's own; None: 4096. temperature 0 takes the
+    likeliest token. interruptible: Ctrl-C ends an answer, and the conversation goes on. as_json: each answer
+    is a line {"text", "tool_calls"}.
     """
 
     system: str | None = None
@@ -44,6 +49,7 @@ class ChatOptions:
     temperature: float = 0.0
     seed: int = 0
     interruptible: bool = False
+    as_json: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,8 @@ class Turn:
 class Conversation:
     """An open bundle and the messages so far.
 
-    `write` gets the answers in pieces, each answer ending with a line end; `note` gets remarks for the user
+    `write` gets the answers in pieces, each answer ending with a line end, and an answer that may be a tool
+    call at its end, as `turn_on(device="desk lamp")`; `note` gets remarks for the user
     (dropped turns, no template, speed of each turn). Raises BadInput where the bundle is damaged or
     onnxruntime-genai cannot open it.
     """
@@ -83,12 +90,14 @@ class Conversation:
         ids = config["eos_token_id"]
         self.eos_ids = frozenset(ids if isinstance(ids, list) else [ids])
         self.context = min(config["context_length"], options.context or CONTEXT_CAP)
-        self.max_new_tokens = options.max_new_tokens or max(1, min(DEFAULT_ANSWER, self.context // 2))
+        self.max_new_tokens = options.max_new_tokens or max(1, min(ANSWER, self.context // 2))
         if not self.tokenizer.chat_template:
             note(f"{bundle} has no chat template: the text is continued as it stands")
         self.messages: list[Message] = []
-        if options.system:
-            self.messages.append({"role": "system", "content": options.system})
+        app = read_json(bundle / APP)
+        self.tools = app.get("tools")
+        if system := app.get("system") if options.system is None else options.system:
+            self.messages.append({"role": "system", "content": system})
         self.turns: list[Turn] = []
         self._open(config["decoder"].get("session_options") or {})
 
@@ -139,7 +148,7 @@ class Conversation:
         generator, is_stopped = self.generator, False
         cached = [int(token) for token in generator.get_sequence(0)] if generator.token_count() else []
         prefix = common_prefix(cached, ids)
-        stream, pieces, seconds = DecodeStream(skip_special_tokens=True), list[str](), list[float]()
+        stream, text, shown, seconds = DecodeStream(skip_special_tokens=True), "", 0, list[float]()
         try:
             start = time.perf_counter()
             if cached:
@@ -155,15 +164,22 @@ class Conversation:
                     except Exception:  # a stray byte after a character of bytes; it has no type of its own
                         stream = DecodeStream(skip_special_tokens=True)
                         piece = stream.step(self.tokenizer.backend_tokenizer, token)
-                    pieces.append(piece or "")
-                    self.write(pieces[-1])
+                    text += piece or ""
+                    if not (self.options.as_json or MAY_BE_CALL.match(text)):
+                        self.write(text[shown:])
+                        shown = len(text)
                 start = time.perf_counter()
         except KeyboardInterrupt:  # it comes between calls of the runtime, whose state stays whole
             if not self.options.interruptible:
                 raise
             is_stopped = True
+        calls = tool_calls(text)
+        if self.options.as_json:
+            self.write(json.dumps({"text": text, "tool_calls": calls}, ensure_ascii=False))
+        elif MAY_BE_CALL.match(text):
+            self.write("\n".join(map(call_text, calls)) or text[shown:])
         self.write("\n")
-        return Turn("".join(pieces), len(ids), prefix, tuple(seconds)), is_stopped
+        return Turn(text, len(ids), prefix, tuple(seconds)), is_stopped
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation. BadInput for a template that cannot be rendered, and for bytes that
@@ -172,7 +188,24 @@ class Conversation:
             "".join(message["content"] for message in messages).encode()
         except UnicodeEncodeError:
             raise BadInput("the message is not text in UTF-8") from None
-        return models.prompt_ids(self.tokenizer, messages)
+        return models.prompt_ids(self.tokenizer, messages, self.tools)
+
+
+def tool_calls(text: str) -> list[dict[str, Any]]:
+    """The calls {name, arguments} of an answer that consists of them; none where it holds anything else."""
+    pieces = answers.parse(TAGS.sub("", text))
+    calls = answers.calls(pieces)
+    values = sum(len(piece) if isinstance(piece, list) else 1 for piece in pieces)
+    is_whole = len(calls) == values and all(name for name, _ in calls)
+    return [{"name": name, "arguments": arguments} for name, arguments in calls] if is_whole else []
+
+
+def call_text(call: dict[str, Any]) -> str:
+    """A call for people: `turn_on(device="desk lamp")`."""
+    arguments = (
+        f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in call["arguments"].items()
+    )
+    return f"{call['name']}({', '.join(arguments)})"
 
 
 def fit(

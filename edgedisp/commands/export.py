@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from edgedisp import data, models
 from edgedisp.bench.system import physical_cores
 from edgedisp.core.errors import BadInput
-from edgedisp.core.files import MANIFEST, check_files, check_writable, read_json
+from edgedisp.core.files import APP, MANIFEST, check_files, check_writable, read_json
 from edgedisp.core.progress import Progress
 from edgedisp.graph.architectures import check_export
 from edgedisp.graph.export import export as export_graph
@@ -56,6 +56,8 @@ def export_bundle(
         for path in (opened, fp32, quantized, package):
             path.mkdir()
         models.save(model, tokenizer, opened)
+        if (folder / APP).is_file():
+            shutil.copyfile(folder / APP, opened / APP)
         del model
         progress(0, 3, "writing the graph")
         grid = export_graph(opened, fp32, threads=threads, max_context=target.context, progress=progress)

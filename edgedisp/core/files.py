@@ -19,6 +19,7 @@ from edgedisp.core.errors import BadInput
 RECORD = "record.json"
 MANIFEST = "manifest.json"  # what a bundle says of itself wherever it is taken
 GENAI_CONFIG = "genai_config.json"  # what onnxruntime-genai reads of a bundle
+APP = "app.json"  # what an app reads of a bundle
 # Of a session, those that onnxruntime-genai's builder writes for CPUs and what sets threads and memory.
 OPTIONS: dict[str, set[str]] = {
     "session_options": {
@@ -65,6 +66,18 @@ class GenaiModel:
 
 
 ANEW = "copy or export the folder again; of a run, delete it and build again: it is made anew"
+
+
+@dataclass(frozen=True)
+class AppExample:
+    """The part `example` of app.json, as far as it is read."""
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None
+    prompt: str
+    prompt_ids: list[int]
+
+
 _IDS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), int | list[int] | None)
 _LENGTHS = ("vocab_size", "max_position_embeddings", "n_positions", "n_ctx")
 SHAPES: dict[str, dict[str, Any]] = {
@@ -78,6 +91,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "generation_config.json": _IDS,
     "genai_config.json": {"model": GenaiModel, "search": dict[str, Any]},
+    APP: {"system": str | None, "tools": list[dict[str, Any]] | None, "example": AppExample | None},
     "license.json": {"files": list[str], **dict.fromkeys(("license", "base", "license_link"), str | None)},
     MANIFEST: {"layouts": dict[str, dict[str, Any]], "provenance": dict[str, Any], "base": dict[str, Any]},
     "model.safetensors.index.json": {"weight_map": dict[str, str]},

@@ -215,7 +215,7 @@ def calls(pieces: Sequence[Any]) -> list[Call]:
 
 
 def _call(value: dict[str, Any]) -> Call:
-    name, arguments = value.get("name"), value.get("arguments")
+    name, arguments = value.get("name"), value.get("arguments", value.get("parameters"))  # Llama 3's word
     return (name, arguments) if isinstance(name, str) and isinstance(arguments, dict) else ("", value)
 
 

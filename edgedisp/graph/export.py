@@ -24,9 +24,10 @@ import onnx_ir as ir
 
 from edgedisp import models
 from edgedisp.core.errors import BuildFailed
-from edgedisp.core.files import read_json, write_json
+from edgedisp.core.files import APP, read_json, write_json
 from edgedisp.core.progress import Progress, silent
 from edgedisp.graph import decoder_graph, genai_config
+from edgedisp.graph.app_contract import write_app
 from edgedisp.graph.architectures import check_export
 from edgedisp.graph.decoder_graph import Decoder, Linear
 from edgedisp.graph.onnx_graph import DATA, EMBEDDING, GRAPH, WEIGHT_MAP, read_graph, to_bytes
@@ -76,6 +77,7 @@ def export(
     genai_config.set_threads(output_dir, threads)
     (output_dir / WEIGHT_MAP).write_text(json.dumps(weight_map), encoding="utf-8")
     context = config["model"]["context_length"]
+    write_app(output_dir, read_json(model_folder / APP), context)
     return {"exporter": exporter, "context": context, **size_and_nodes(output_dir)}
 
 

@@ -11,9 +11,11 @@ and those that end a turn where the chat template writes them. Scoring does not 
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from edgedisp import models
 from edgedisp.core.errors import BadInput
 from edgedisp.core.files import GENAI_CONFIG as GENAI_CONFIG
 from edgedisp.core.files import check_options, read_json, write_json
@@ -49,7 +51,10 @@ def copy_files(model_folder: Path, output_dir: Path) -> None:
     config = read_json(output_dir / "config.json")
     generation = read_json(output_dir / "generation_config.json")
     generation = generation or {key: ids for key, ids in config.items() if key.endswith("_token_id")}
-    write_json(output_dir / "generation_config.json", {**generation, "eos_token_id": end_ids(output_dir)})
+    tokenizer, ids = models.load_tokenizer(output_dir), end_ids(output_dir)
+    with suppress(models.TemplateError):
+        ids = [*dict.fromkeys([*ids, *models.end_of_turn_ids(tokenizer)])]
+    write_json(output_dir / "generation_config.json", {**generation, "eos_token_id": ids})
 
 
 def chat_template(folder: Path) -> str | None:

@@ -5,6 +5,7 @@
       model.onnx                               onnxruntime-genai, optimum
       config.json, generation_config.json      optimum, transformers.js
       tokenizer.json, tokenizer_config.json    all
+      app.json                                 apps
       onnx/model_q4.onnx                       transformers.js
       onnx/model_q4.onnx_data                  the weights of both graphs
 
@@ -25,8 +26,9 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from edgedisp.core.errors import BadInput
-from edgedisp.core.files import read_json, write_json
+from edgedisp.core.files import APP, read_json, write_json
 from edgedisp.graph import device_graph
+from edgedisp.graph.app_contract import write_app
 from edgedisp.graph.genai_config import GENAI_CONFIG, LENGTHS, context_length, set_threads
 from edgedisp.graph.onnx_graph import DATA, GRAPH, WEIGHT_MAP, move_weights, read_graph, to_bytes
 
@@ -104,6 +106,7 @@ def for_device(
     write_json(output_dir / GENAI_CONFIG, genai)
     write_json(output_dir / "config.json", config)
     set_threads(output_dir, threads)
+    write_app(output_dir, read_json(output_dir / APP), positions)
     return {"threads": threads, "context": positions}
 
 

@@ -23,12 +23,13 @@ from tokenizers import Tokenizer
 
 from edgedisp import models
 from edgedisp.core.errors import BuildFailed
-from edgedisp.core.files import read_json, write_json
+from edgedisp.core.files import APP, read_json, write_json
 from edgedisp.graph.device_graph import has_packed_products
 from edgedisp.graph.genai_config import GENAI_CONFIG, TOKENIZER_FILES
 from edgedisp.graph.onnx_graph import GRAPH, read_graph
 from edgedisp.graph.session import Logits, OnnxModel, at_accuracy_level
 from edgedisp.models import Message
+from edgedisp.models.conversation import CALL, TOOL, USER
 
 FORCED = 4  # tokens at the end of each prompt that go through the cache one by one
 EXACT_LIMIT = 1e-3  # relative difference that is allowed in fp32 arithmetic
@@ -39,6 +40,9 @@ CONVERSATION: list[Message] = [
     {"role": "assistant", "content": "Yes: naïve counting gives 42."},
     {"role": "user", "content": "And 12 - 30?"},
 ]
+CALLING = [USER, {"role": "assistant", "content": "", "tool_calls": [CALL]}, USER]
+GENAI = "onnxruntime-genai's tokenizer"
+DATE = "strftime_now"  # in a template that writes the day into its prompts
 REORDERED = 1e-5  # of the largest logit: another order of summation
 
 
@@ -195,11 +199,12 @@ def _check_tokenizer(bundle: Path, genai: GenaiModel, texts: Sequence[str]) -> N
 
 
 def _check_conversation(bundle: Path, genai: GenaiModel) -> dict[str, str]:
-    """What chat sends for a conversation: the ids of transformers and of genai's tokenizer are the same.
+    """Prompts have the same ids everywhere: of a conversation, and one with a tool call where the template
+    has a place for it, those of transformers and genai's tokenizer; of the example in app.json, training's.
 
-    Returns {chat: "n/n" tokens that agree, or why there is none; chat_template: whether genai's own engine
-    for templates, which an app may use, gives the text of transformers}. BadInput for a template that does
-    not end.
+    Returns {chat: "n/n" tokens that agree, or why there is none; example: the same of app.json's, where it
+    has one; chat_template: whether genai's own engine for templates, which an app may use, gives the texts of
+    transformers}. BadInput for a template that does not end.
     """
     tokenizer = models.load_tokenizer(bundle)
     if not tokenizer.chat_template:
@@ -207,24 +212,54 @@ def _check_conversation(bundle: Path, genai: GenaiModel) -> dict[str, str]:
     messages = CONVERSATION
     if "ï" not in tokenizer.decode(models.encode(tokenizer, "ï")):  # no bytes of it: the two leave out others
         messages = [{**message, "content": message["content"].replace("ï", "i")} for message in messages]
-    try:
-        text = models.render_conversation(tokenizer, messages)
-    except models.TemplateError as error:
-        return {"chat": str(error)}
-    expected = models.encode(tokenizer, text)
-    ids = genai.encode(text)
-    if ids != expected:
-        index = next(i for i, pair in enumerate(zip_longest(ids, expected)) if pair[0] != pair[1])
-        raise BuildFailed(
-            f"{bundle}: token {index + 1} of a conversation's {len(expected)} differs: onnxruntime-genai's "
-            f"tokenizer goes on with {ids[index : index + 8]}, transformers with "
-            f"{expected[index : index + 8]} ({tokenizer.decode(expected[index : index + 8])!r})"
+    prompts: list[dict[str, Any]] = [{"messages": messages, "tools": None}]
+    if models.chat_format(tokenizer).tool_calls == "template":
+        prompts.append({"messages": CALLING, "tools": [TOOL]})
+
+    def check(runtime: str, what: str, ids: Sequence[int], expected: Sequence[int]) -> int:
+        if words := first_difference(tokenizer, ids, expected):
+            raise BuildFailed(f"{bundle}: {runtime} gives other ids than {what}: {words}")
+        return len(expected)
+
+    tokens = 0
+    for prompt in prompts:
+        try:
+            text = prompt["prompt"] = models.render_conversation(tokenizer, **prompt)
+        except models.TemplateError as error:
+            return {"chat": str(error)}
+        expected = models.encode(tokenizer, text)
+        tokens += check(GENAI, "transformers for a conversation", genai.encode(text), expected)
+    agrees = {"chat": f"{tokens}/{tokens}"}
+    if example := read_json(bundle / APP).get("example"):
+        what, text, expected = (
+            "training for the example in app.json",
+            example["prompt"],
+            example["prompt_ids"],
         )
+        if DATE not in tokenizer.chat_template:
+            text = models.render_conversation(tokenizer, example["messages"], example["tools"])
+        check("transformers", what, models.encode(tokenizer, text), expected)
+        tokens = check(GENAI, what, genai.encode(example["prompt"]), expected)
+        agrees["example"] = f"{tokens}/{tokens}"
+        prompts.append(example)
     engine = "other text than transformers, or none: render with transformers or jinja2"
     with suppress(ValueError, TimeoutError):
-        if models.RENDERER.render(folder=str(bundle), messages=messages) == text:
+        texts = models.RENDERER.render_all(
+            [{"messages": prompt["messages"], "tools": prompt["tools"]} for prompt in prompts],
+            folder=str(bundle),
+        )
+        if texts == [prompt["prompt"] for prompt in prompts]:
             engine = "as transformers"
-    return {"chat": f"{len(expected)}/{len(expected)}", "chat_template": engine}
+    return {**agrees, "chat_template": engine}
+
+
+def first_difference(tokenizer: Any, ids: Sequence[int], expected: Sequence[int]) -> str:
+    """Where ids are not the expected ones, with the tokens' text; empty where all are equal."""
+    for position, pair in enumerate(zip_longest(ids, expected), start=1):
+        if pair[0] != pair[1]:
+            words = ["none" if token is None else f"{token} {tokenizer.decode([token])!r}" for token in pair]
+            return f"token {position} of {len(expected)} is {words[0]}, not {words[1]}"
+    return ""
 
 
 def check_layouts(

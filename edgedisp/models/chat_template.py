@@ -46,8 +46,8 @@ class Renderer:
 
     def render(self, **request: Any) -> str:
         """The text of one conversation: by transformers' `render_jinja_template` with these arguments, or,
-        with `folder` and `messages`, by onnxruntime-genai for a bundle. ValueError with the template's own
-        reason if there is none, TimeoutError if the limits did not suffice."""
+        with `folder`, `messages` and `tools`, by onnxruntime-genai for a bundle. ValueError with the
+        template's own reason if there is none, TimeoutError if the limits did not suffice."""
         (text,) = self.render_all([request])
         if isinstance(text, ValueError):
             raise text
@@ -74,17 +74,18 @@ class Renderer:
 RENDERER = Renderer()
 
 
-def _render(folder: str | None = None, messages: Any = None, **arguments: Any) -> str:
+def _render(folder: str | None = None, messages: Any = None, tools: Any = None, **arguments: Any) -> str:
     if folder is None:
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        rendered: Any = render_jinja_template(**arguments)
+        rendered: Any = render_jinja_template(tools=tools, **arguments)
         return str(rendered[0][0])
     import onnxruntime_genai
 
     getattr(onnxruntime_genai, "disable_telemetry_events", lambda: None)()
     tokenizer = onnxruntime_genai.Tokenizer(folder)
-    return str(tokenizer.apply_chat_template(json.dumps(messages), add_generation_prompt=True))
+    options = {"add_generation_prompt": True} | ({"tools": json.dumps(tools)} if tools else {})
+    return str(tokenizer.apply_chat_template(json.dumps(messages), **options))
 
 
 def _serve() -> None:

@@ -20,8 +20,11 @@ from torch.nn import functional
 
 from edgedisp import models
 from edgedisp.core.errors import BuildFailed
+from edgedisp.core.files import read_json
 from edgedisp.core.progress import Progress
 from edgedisp.evaluate.statistics import Metric, Resampling, difference
+from edgedisp.graph.app_contract import write_app
+from edgedisp.pipeline.chat_corpus import CHAT
 from edgedisp.pipeline.options import BundleRounding, MergeOptions
 from edgedisp.pipeline.prepare import heldout_blocks, weights_digest
 from edgedisp.pipeline.rounding import round_as_bundle
@@ -57,6 +60,15 @@ def save_adapter(trained: Any, base: Path, output_dir: Path) -> None:
     )
 
 
+def save_model(trained: Any, inputs: Inputs, output_dir: Path) -> None:
+    """Write a trained model as a Hugging Face folder; of chat rows with app.json."""
+    base = inputs["base"]
+    models.save(trained, models.load_tokenizer(base), output_dir)
+    models.copy_licence(base, output_dir)
+    if chat := read_json(inputs["corpus"] / CHAT):
+        write_app(output_dir, chat)
+
+
 def merge(options: MergeOptions, inputs: Inputs, output_dir: Path, progress: Progress) -> dict[str, Any]:
     """Audit the adapter, merge it, and leave a Hugging Face folder.
 
@@ -90,9 +102,8 @@ def merge(options: MergeOptions, inputs: Inputs, output_dir: Path, progress: Pro
         },
         **choice,
     }
-    base, model = inputs["base"], _merged(choice["chosen"], options, inputs)
-    models.save(model, models.load_tokenizer(base), output_dir)
-    models.copy_licence(base, output_dir)
+    model = _merged(choice["chosen"], options, inputs)
+    save_model(model, inputs, output_dir)
     results = {"merge_audit": audit, "weights_sha256": weights_digest(output_dir)}
     return results_of(inputs["adapter"]) | results
 

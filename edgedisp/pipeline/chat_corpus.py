@@ -185,12 +185,12 @@ def write_chat(tokenizer: Any, rows: Rows, folder: Path) -> None:
     first = [chat.messages[0] for chat in chats]
     systems = {message["content"] if message["role"] == "system" else None for message in first}
     tools = {json.dumps(chat.tools, sort_keys=True): chat.tools for chat in chats}
-    (answer,) = models.last_answers(tokenizer, chats[:1])
+    (answer,), format = models.last_answers(tokenizer, chats[:1]), models.chat_format(tokenizer)
     content = {
         "system": systems.pop() if len(systems) == 1 else None,
         "tools": tools.popitem()[1] if len(tools) == 1 else None,
-        "format": asdict(models.chat_format(tokenizer)),
-        "example": asdict(answer),
+        "format": asdict(format),
+        "example": {"tools": chats[0].tools if format.tools == "template" else None, **asdict(answer)},
     }
     write_json(folder / CHAT, content)
     lines = sorted({_digest(chat) for chat in chats})

@@ -32,7 +32,7 @@ from edgedisp.core.results import DeviceResult, Json
 from edgedisp.core.stage_folder import RUN
 
 FOLDER = "devices"
-UNTIMED = {RECORD, MANIFEST, "README.md", "genai_config.json"}
+UNTIMED = {RECORD, MANIFEST, "README.md", "genai_config.json", "app.json"}
 """Files that may change without changing what is timed; the thread count is in every row."""
 
 BundlesByRun = dict[Path, dict[str, str]]

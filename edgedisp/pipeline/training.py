@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from edgedisp import models
 from edgedisp.bench.system import runner
 from edgedisp.core.distributed import is_main_process
 from edgedisp.core.files import to_json
@@ -81,8 +80,7 @@ def train(options: TrainOptions, inputs: Inputs, output_dir: Path, progress: Pro
     if section.adapter is not None:
         adapters.save_adapter(model, base, output_dir)
     else:
-        models.save(model, models.load_tokenizer(base), output_dir)
-        models.copy_licence(base, output_dir)
+        adapters.save_model(model, inputs, output_dir)
     settings = {"steps": steps, **section.model_dump(include=set(SETTINGS)), "seed": arm.seed}
     settings["threads"] = torch.get_num_threads()
     result = replace(result, settings=settings, weights_sha256=weights_digest(output_dir))

@@ -54,6 +54,7 @@ const chosen = () => plan.bundles[Number(at("bundle").value)];
 function opening(bundle) {
   return new Bundle(bundle, threads(), (event) => {
     if (event.event === "piece") return piece(event.text);
+    if (event.event === "checked") return checked(event);
     const { done, total } = event;
     if (event.stage === "download") {
       working(`Fetching ${bundle.label}: ${megabytes(done)} of ${megabytes(total)}`, done, total);
@@ -64,12 +65,31 @@ function opening(bundle) {
 // ------------------------------------------------------------------ chat
 
 let answer = null;
+let arrived = "";
 
+/** A tool call is shown when it is whole: an answer that begins as one waits. */
 function piece(text) {
   if (!answer) return;
+  arrived += text;
+  if (/^\s*([[{<]|$)/.test(arrived)) return;
   answer.classList.remove("waiting");
-  answer.append(text);
+  answer.textContent = arrived;
   keepInView();
+}
+
+/** One card for each call: the function's name, and its arguments. */
+function cards(calls) {
+  return calls.map((call) => {
+    const card = element("section");
+    const values = Object.entries(call.arguments).map(([name, value]) => [name, typeof value === "string" ? value : JSON.stringify(value)]);
+    card.append(element("h2", call.name), rows(element("dl"), values));
+    return card;
+  });
+}
+
+function checked({ count, difference }) {
+  if (difference) trouble(`The prompt of app.json has other ids on this page than in training: ${difference}.`);
+  else if (count) current.checked = `; prompts as in training, ${count} of ${count} ids`;
 }
 
 function keepInView() {
@@ -105,7 +125,11 @@ async function send(text) {
     refreshKept(); // what was fetched is here now
     if (!opened.kept) say("No room to keep the bundle: a reload fetches it again.", "note");
     answer = say("", "waiting");
+    arrived = "";
     const turn = await current.ask("chat", { text });
+    if (turn.calls) answer.classList.add("call");
+    answer.replaceChildren(...(turn.calls ? cards(turn.calls) : [turn.text]));
+    keepInView();
     if (!turn.template && !current.raw) {
       current.raw = true;
       question.before(element("li", "This bundle has no chat template: your text is continued as it stands.", "note"));
@@ -266,7 +290,7 @@ async function refreshKept() {
   const missing = left.reduce((sum, file) => sum + file.size_bytes, 0);
   const all = megabytes(bundle.download_bytes);
   const part = missing === bundle.download_bytes ? `${all} to fetch` : `${all}, ${megabytes(missing)} of it to fetch`;
-  at("about").textContent = `${missing ? part : `${all}, all here already`}; needs about ${megabytes(bundle.expected_memory_bytes)} of memory`;
+  at("about").textContent = `${missing ? part : `${all}, all here already`}; needs about ${megabytes(bundle.expected_memory_bytes)} of memory${current?.checked ?? ""}`;
   const memory = navigator.deviceMemory;
   if (memory && bundle.expected_memory_bytes > memory * 2 ** 30 * 0.6) {
     at("about").textContent += `. This device tells ${memory} GB: it may not be enough`;

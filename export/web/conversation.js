@@ -1,4 +1,4 @@
-// A conversation with an open bundle: chat template, tokenizer, context, streaming.
+// A conversation with an open bundle: chat template, tokenizer, context, streaming, as app.json says.
 //
 // The template turns all messages into text, the text into ids, and what the new ids share with the cache is
 // not computed again. When the conversation outgrows the context, its oldest turns are left out (a system
@@ -13,6 +13,19 @@ const TEXT_ENDS = ["<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>"];
 const TURN_ENDS = ["<|im_end|>", "<end_of_turn>", "<|eot_id|>", "<|end|>"];
 const contentOf = (token) => (token && typeof token === "object" ? token.content : token);
 
+/** Tool calls [{name, arguments}] that an answer consists of, in plain JSON or in <tool_call> tags; null of other text. */
+export function toolCalls(text) {
+  const tagged = [...text.matchAll(/<tool_call>([^]*?)<\/tool_call>/g)];
+  if (text.replace(/<tool_call>[^]*?<\/tool_call>/g, "").trim() && tagged.length) return null;
+  try {
+    const calls = (tagged.length ? tagged.map((tag) => tag[1]) : [text]).flatMap((part) => JSON.parse(part));
+    const isCall = (call) => typeof call?.name === "string" && call.arguments && typeof call.arguments === "object";
+    return calls.length && calls.every(isCall) ? calls : null;
+  } catch {
+    return null;
+  }
+}
+
 /** Let messages in, such as "stop". A timer would wait 4 ms. */
 const channel = new MessageChannel();
 function breathe() {
@@ -23,17 +36,22 @@ function breathe() {
 }
 
 export class Conversation {
-  /** `files`: parsed tokenizer, tokenizer_config, generation, model and genai configuration, template text. */
+  /** `files`: parsed tokenizer, tokenizer_config, app.json, generation, model and genai configuration, template text. */
   constructor(decoder, files, context) {
     this.decoder = decoder;
     this.context = context;
-    this.longest = Math.max(1, Math.min(ANSWER, Math.floor(context / 2)));
+    this.app = files.app;
+    this.longest = Math.max(1, Math.min(files.app.max_new_tokens ?? ANSWER, Math.floor(context / 2)));
     const settings = files.tokenizerConfig;
     this.tokenizer = new Tokenizer(files.tokenizer, settings);
     const named = settings.chat_template;
     const listed = Array.isArray(named) ? named.find((one) => one.name === "default")?.template : named;
     const source = files.template ?? listed;
     this.template = source ? new Template(source) : null;
+    this.dated = source?.includes("strftime_now"); // today's prompt is not that of the day of training
+    const special = (files.tokenizer.added_tokens ?? []).filter((one) => one.special).map((one) => one.content);
+    const longestFirst = special.sort((a, b) => b.length - a.length);
+    this.written = longestFirst.map((one) => one.replace(/[.*+?^${}()|[\]\\]/g, "\\$&")).join("|");
     this.special = {};
     for (const name of ["bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token"]) {
       const text = contentOf(settings[name]);
@@ -45,7 +63,7 @@ export class Conversation {
 
   /** Ids after which an answer ends: the configured ones, what ends a text, what ends a turn in the template. */
   endIds(files, source) {
-    const told = [files.genai.model?.eos_token_id, files.generation.eos_token_id, files.model.eos_token_id];
+    const told = [files.app.stop?.ids, files.genai.model?.eos_token_id, files.generation.eos_token_id, files.model.eos_token_id];
     const ids = new Set(told.flat().filter((id) => Number.isInteger(id)));
     const special = (files.tokenizer.added_tokens ?? []).filter((one) => one.special).map((one) => one.content);
     const turns = TURN_ENDS.filter((end) => source.includes(end));
@@ -58,15 +76,39 @@ export class Conversation {
   }
 
   reset() {
-    this.messages = [];
+    this.messages = this.app.system ? [{ role: "system", content: this.app.system }] : [];
     this.cached = []; // ids whose keys and values are in `past`
     this.past = this.decoder.empty();
   }
 
-  encode(messages) {
+  /** A text in which no special token is written, by the rule of app.json. */
+  escaped(text = "") {
+    return this.written ? text.replace(new RegExp(this.written, "gu"), (one) => one.replace(/^./u, "$& ")) : text;
+  }
+
+  /** The ids of app.json's example, made here: {count, difference}; difference: the first, in words, or null. */
+  checked() {
+    const { example } = this.app;
+    if (!example?.prompt_ids) return { count: 0, difference: null };
+    const expected = example.prompt_ids;
+    const text = this.tokenizer.encode(example.prompt, { add_special_tokens: false }).ids;
+    const ids = this.dated ? text : this.encode(example.messages, example.tools);
+    const place = Array.from({ length: Math.max(ids.length, expected.length) }).findIndex((_, at) => ids[at] !== expected[at]);
+    if (place < 0) return { count: expected.length, difference: null };
+    const told = (id) => (id === undefined ? "nothing" : `${id} ${JSON.stringify(this.tokenizer.decode([id]))}`);
+    const difference = `token ${place + 1} of ${expected.length} is ${told(ids[place])} here, ${told(expected[place])} in app.json`;
+    return { count: expected.length, difference };
+  }
+
+  encode(written, tools = this.app.tools ?? null) {
+    let messages = written.map((message) => ({ ...message, content: this.escaped(message.content) }));
+    if (this.app.system_role === "user" && messages[0]?.role === "system") {
+      const [system, first, ...others] = messages;
+      messages = [{ ...first, content: `${system.content}\n\n${first.content}` }, ...others];
+    }
     const plain = (text) => this.tokenizer.encode(text, { add_special_tokens: false }).ids;
     if (this.template) {
-      const context = { messages, add_generation_prompt: true, tools: null, documents: null, ...this.special };
+      const context = { messages, add_generation_prompt: true, tools, documents: null, ...this.special };
       return plain(this.template.render(context));
     }
     // A text to continue begins with BOS where the tokenizer puts one, as in training.
@@ -152,6 +194,7 @@ export class Conversation {
     this.messages = [...this.messages, { role: "assistant", content: whole }];
     return {
       text: whole,
+      calls: toolCalls(whole),
       tokens,
       prompt_tokens: ids.length,
       template: Boolean(this.template),

@@ -1,7 +1,7 @@
 // One bundle in a worker of its own: its session, its cache, its figures. The page stays free for touches.
 //
 // Messages in: {id, ask: "open" | "time" | "score" | "chat" | "reset", ...}, {ask: "stop"}. Out: {id, answer} or
-// {id, error}, and on the way {event: "progress" | "encoding" | "encoded" | "piece", ...}.
+// {id, error}, and on the way {event: "progress" | "encoding" | "checked" | "encoded" | "piece", ...}.
 
 import { Conversation } from "./conversation.js";
 import { Decoder, heapBytes, start } from "./decoder.js";
@@ -46,6 +46,7 @@ async function open({ bundle, threads }) {
       tokenizer: await json("tokenizer.json"),
       tokenizerConfig: await json("tokenizer_config.json"),
       generation: await json("generation_config.json"),
+      app: await json("app.json"),
       template: await text("chat_template.jinja"),
     };
     conversation = () => new Conversation(decoder, settings, bundle.context);
@@ -59,12 +60,15 @@ async function open({ bundle, threads }) {
   };
 }
 
-/** Answer a message; the tokenizer is made for the first one, so that a benchmark never pays for it. */
+/** Answer a message; the tokenizer is made and checked for the first one, so that a benchmark never pays for it. */
 async function chat({ text }) {
   if (!conversation) throw new Error("This bundle has no tokenizer.json, so it cannot chat.");
-  if (typeof conversation === "function") conversation = conversation();
   stop = false;
   tell("encoding");
+  if (typeof conversation === "function") {
+    conversation = conversation();
+    tell("checked", conversation.checked());
+  }
   return conversation.answer(
     text,
     () => tell("encoded"),

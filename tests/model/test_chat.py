@@ -13,11 +13,13 @@ import pytest
 from graph_twins import SPECIALS
 from hypothesis import given
 from hypothesis import strategies as st
+from shared_store import SharedStore
+from taught_model import ANSWER, CALL, REQUEST, SYSTEM, taught_bundle
 from tiny_bundle import CONVERSATIONS, LINES, WITH_BOS, copy_with, recompute, with_template
 
 from edgedisp.bench.devices import BenchOptions
 from edgedisp.bench.phone import PhoneOptions
-from edgedisp.commands.chat import ChatOptions, Conversation, fit
+from edgedisp.commands.chat import ChatOptions, Conversation, fit, tool_calls
 from edgedisp.commands.devices import measure_on_phones, time_bundles
 from edgedisp.commands.lm_eval import OnnxHarnessModel
 from edgedisp.core.errors import BadInput
@@ -94,6 +96,33 @@ def test_generation_stops_at_the_end_token_and_does_not_show_it(
     assert len(talk.chat.turns[0].seconds) == first + 1
 
 
+def test_a_tool_call_is_shown_as_one_and_stays_readable_for_programs(store: SharedStore) -> None:
+    bundle = taught_bundle(store)
+    talk = Talk(bundle, prompt=REQUEST, system=SYSTEM)
+    assert talk.pieces == ['turn_on(device="desk lamp", brightness=70)', "\n"]
+    assert talk.chat.messages[-1]["content"] == ANSWER
+    printed = Talk(bundle, prompt=REQUEST, system=SYSTEM, as_json=True).text
+    assert json.loads(printed) == {"text": ANSWER, "tool_calls": [CALL]}
+
+
+OTHER = {"name": "get_weather", "arguments": {}}
+
+
+@pytest.mark.parametrize(("text", "calls"), [
+    (f"[{ANSWER}, {json.dumps(OTHER)}]", [CALL, OTHER]),
+    (f"<think>\n\n</think>\n\n<tool_call>\n{ANSWER}\n</tool_call>", [CALL]),
+    ('{"name": "get_weather", "parameters": {}}', [OTHER]),
+    (f"Done: {ANSWER}", []),
+    (f"I call <tool_call>{ANSWER}</tool_call>", []),
+    ('{"name": "turn_on", "arguments": {"device"', []),
+    ('{"name": "turn_on"}', []),
+    ("[" * 100_000, []),
+    ("", []),
+])  # fmt: skip
+def test_tool_calls_are_read_from_an_answer_of_nothing_else(text: str, calls: list[Any]) -> None:
+    assert tool_calls(text) == calls
+
+
 @pytest.mark.parametrize("index", [0, 4])
 def test_ctrl_c_ends_an_answer_and_the_conversation_goes_on(bundles: dict[str, Path], index: int) -> None:
     pieces: list[str] = []
@@ -158,7 +187,8 @@ def test_a_conversation_is_sent_as_the_ids_of_apply_chat_template(
         bundle = with_template(bundles["fp32"], tmp_path / name, template, adds_bos)
         chat = Talk(bundle, max_new_tokens=5).chat
         for messages in CONVERSATIONS if template else ():
-            ids = tokenizer(bundle).apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+            plain = [{**m, "content": m["content"].replace("<|im_end|>", "< |im_end|>")} for m in messages]
+            ids = tokenizer(bundle).apply_chat_template(plain, add_generation_prompt=True)["input_ids"]
             assert chat.encode(messages) == ids
         return chat
 

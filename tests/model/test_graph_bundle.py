@@ -43,7 +43,7 @@ def change(path: Path, **values: Any) -> None:
 
 def test_a_bundle_has_the_files_of_every_runtime(bundle: Path) -> None:
     graph = {"model.onnx", "model.onnx.data", "weight_map.json"}
-    configs = {"genai_config.json", "config.json", "generation_config.json"}
+    configs = {"genai_config.json", "config.json", "generation_config.json", "app.json"}
     tokenizer = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     assert {path.name for path in bundle.iterdir()} == graph | configs | tokenizer
     assert read(bundle / "genai_config.json")["model"]["eos_token_id"] == [0, 2]  # <|endoftext|>, <|im_end|>
@@ -59,11 +59,12 @@ def test_ends_of_text_and_the_template_come_from_every_file(
     assert genai_config.end_ids(folder) == [9, 4, 0]
     for path in tiny_folder.values():  # what separates documents in training ends an answer
         assert end_of_text_id(load_tokenizer(path)) in genai_config.end_ids(path)
-    templates = [{"name": "tools", "template": "T"}, {"name": "default", "template": "D"}]
+    default = "D{{ messages[0]['content'] }}"
+    templates = [{"name": "tools", "template": "T"}, {"name": "default", "template": default}]
     change(folder / "tokenizer_config.json", chat_template=templates)
     genai_config.copy_files(folder, tmp_path)
-    assert (tmp_path / "chat_template.jinja").read_text() == "D"
-    assert read(tmp_path / "tokenizer_config.json")["chat_template"] == "D"
+    assert (tmp_path / "chat_template.jinja").read_text() == default
+    assert read(tmp_path / "tokenizer_config.json")["chat_template"] == default
 
 
 @pytest.mark.parametrize(("special", "ids"), [(True, [2, 0]), (False, [2])])

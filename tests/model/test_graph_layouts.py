@@ -141,7 +141,7 @@ def test_weights_are_folded_one_stage_after_the_other(twins: TwinStore) -> None:
 
 WEB_GRAPH, WEB_DATA = "onnx/model_q4.onnx", "onnx/model_q4.onnx_data"
 PLAIN = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "weight_map.json"}
-PLAIN |= {"config.json", "generation_config.json"}
+PLAIN |= {"config.json", "generation_config.json", "app.json"}
 
 
 @pytest.fixture(scope="module")

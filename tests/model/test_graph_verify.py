@@ -31,7 +31,7 @@ def test_a_good_bundle_passes_with_its_facts(bundle: Path, twins: TwinStore) -> 
     assert record["difference_limit"] == 1e-3
     assert max(record["padded_difference"], record["cached_difference"]) < 1e-5
     ids = load_tokenizer(bundle).apply_chat_template(CONVERSATION, add_generation_prompt=True)["input_ids"]
-    chat = {"chat": f"{len(ids)}/{len(ids)}", "chat_template": "as transformers"}
+    chat = {"chat": f"{len(ids)}/{len(ids)}", "example": "22/22", "chat_template": "as transformers"}
     assert record["genai"] == {"opened": True, "greedy_agrees": "3/3", "tokenizer_agrees": "4/4", **chat}
     assert json.loads(json.dumps(record)) == record
     pad = json.loads((bundle / "genai_config.json").read_text())["model"]["pad_token_id"]
@@ -76,7 +76,7 @@ def test_files_that_genai_reads_otherwise_fail_with_its_reason(bundle: Path, tmp
     (copied / "tokenizer.json").write_text(json.dumps({**tokenizer, "normalizer": rule}))
     with pytest.raises(BuildFailed, match="tokenizer gives other ids"):
         check_bundle(OnnxModel(copied, 1), PROMPTS, texts=TEXTS)
-    with pytest.raises(BuildFailed, match=r"token \d+ of a conversation's \d+ differs"):
+    with pytest.raises(BuildFailed, match=r"for a conversation: token \d+ of \d+ is \d+ '.+', not \d+ '"):
         check_bundle(OnnxModel(copied, 1), PROMPTS)
     path = copied / "genai_config.json"
     path.write_text(path.read_text().replace('"type": "decoder"', '"type": "made_up"'))
@@ -89,6 +89,7 @@ def test_the_record_says_how_a_conversation_reaches_the_model(
 ) -> None:
     copied = tmp_path / "bundle"
     shutil.copytree(bundle, copied)
+    (copied / "app.json").unlink()
 
     path = copied / "tokenizer_config.json"
 
@@ -113,6 +114,14 @@ def test_the_record_says_how_a_conversation_reaches_the_model(
     path.write_text(json.dumps(settings))
     (copied / "chat_template.jinja").unlink()
     assert "no chat template" in check_bundle(OnnxModel(copied, 1), PROMPTS)["genai"]["chat"]
+
+
+def test_another_template_than_in_training_fails_with_the_first_token(bundle: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "bundle"
+    shutil.copytree(bundle, copied)
+    (copied / "chat_template.jinja").write_text("{{ messages[0]['content'] }}<|im_end|>")
+    with pytest.raises(BuildFailed, match=r"the example in app.json: token 1 of 22 is 42 'H', not 1 '<\|im"):
+        check_bundle(OnnxModel(copied, 1), PROMPTS)
 
 
 def test_the_relative_difference_is_the_worst_row_and_blind_to_a_shift() -> None:

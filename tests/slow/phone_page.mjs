@@ -78,6 +78,15 @@ const scenarios = {
     const again = await ask(given.texts[0]);
     return { turns, shown, speed, overflow: wide, small: await small(), first, about, again, second: fetched };
   },
+  async call() {
+    await open();
+    const turn = await ask(given.texts[0]);
+    await whole(`call-${given.width}${given.dark ? "-dark" : ""}`);
+    const trouble = await page.textContent("#trouble");
+    const about = await page.textContent("#about");
+    const cards = await page.locator("#messages .call section").allInnerTexts();
+    return { turn, cards, trouble, about, overflow: await overflow() };
+  },
   async stop() {
     await open();
     // From inside the page: a tiny model is done before a finger could come.

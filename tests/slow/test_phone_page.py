@@ -19,6 +19,8 @@ from typing import Any
 import psutil
 import pytest
 from browsers import NODE_MODULES, SLOW, WEB, chromium, needs_chromium, needs_playwright, needs_web, output
+from shared_store import SharedStore
+from taught_model import ANSWER, CALL, REQUEST, taught_bundle
 from tiny_build import write_documents
 from tiny_bundle import (
     CONVERSATIONS,
@@ -128,6 +130,18 @@ def test_chat_gives_the_tokens_of_onnxruntime_and_a_reload_downloads_nothing(
 
 
 @needs_playwright
+@pytest.mark.parametrize(("width", "dark"), [(400, False), (900, True)])
+def test_a_tool_call_is_a_card(store: SharedStore, width: int, dark: bool) -> None:
+    with served({"taught": taught_bundle(store)}, prompt=4, generate=4) as (server, _):
+        page = drive(server, "call", texts=[REQUEST], width=width, dark=dark)
+    assert page["turn"]["text"] == ANSWER and page["turn"]["calls"] == [CALL]
+    assert [card.split() for card in page["cards"]] == [
+        ["turn_on", "device", "desk", "lamp", "brightness", "70"]
+    ]
+    assert page["trouble"] == "" and page["overflow"] <= 0 and page["complaints"] == []
+
+
+@needs_playwright
 def test_an_answer_can_be_stopped_and_a_new_conversation_starts_afresh(chat: Chat, answer: Answer) -> None:
     page, (tokens, _) = chat("stop"), answer
     part = page["stopped"]["tokens"]
@@ -188,7 +202,8 @@ const { folder, conversations } = JSON.parse(process.argv[2]);
 const text = (name) => existsSync(`${folder}/${name}`) && readFileSync(`${folder}/${name}`, "utf-8");
 const json = (name) => JSON.parse(text(name));
 const files = { tokenizer: json("tokenizer.json"), tokenizerConfig: json("tokenizer_config.json") };
-Object.assign(files, { genai: {}, generation: {}, model: {}, template: text("chat_template.jinja") || null });
+Object.assign(files, { app: {}, genai: {}, generation: {}, model: {} });
+Object.assign(files, { template: text("chat_template.jinja") || null });
 const conversation = new Conversation({ empty: () => ({}) }, files, 256);
 console.log(JSON.stringify(conversations.map((messages) => conversation.encode(messages))));
 """
