@@ -107,10 +107,11 @@ def chat_format(tokenizer: Any) -> ChatFormat:
     there is no template, saying which one would fit."""
     if not tokenizer.chat_template:
         known = [name for token, name in FAMILIES.items() if token in tokenizer.get_vocab()]
-        fits = f"its tokens are those of {known[0]} template" if known else "take the one of a tuned sibling"
+        fits = f"its tokens fit {known[0]}" if known else "the one of a tuned sibling fits"
         raise BadInput(
-            f"{tokenizer.name_or_path or 'the tokenizer'}: has no chat template to write conversations with; "
-            f"{fits}: put it beside the tokenizer's files as chat_template.jinja, or start from a tuned base."
+            f"{tokenizer.name_or_path or 'the tokenizer'}: the base has no chat template to write chats"
+            f" with; {fits}: put it beside the base's tokenizer.json as chat_template.jinja, or take a tuned"
+            " base."
         )
     return _probed(tokenizer, str(tokenizer.chat_template))
 

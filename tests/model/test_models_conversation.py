@@ -98,7 +98,7 @@ def test_what_the_templates_of_some_rows_refuse_is_said_with_the_row(tokenizer: 
     with pytest.raises(BadInput, match=r"a.jsonl:7: the chat template fails: TemplateError: turns"):
         models.example(tokenizer, conversation)
     tokenizer.chat_template = None
-    with pytest.raises(BadInput, match=r"no chat template .* those of ChatML .* as chat_template.jinja"):
+    with pytest.raises(BadInput, match=r"no chat template .* fit ChatML: .* as chat_template.jinja"):
         models.example(tokenizer, conversation)
 
 
