@@ -55,8 +55,9 @@ class Metric:
     higher_is_better: bool = True
 
     def of(self, numerators: Any, denominators: Any) -> Any:
-        """The metric from sums of both parts. exp stops at e^700, near the end of float64."""
-        ratio: Any = np.asarray(numerators) / denominators
+        """The metric from sums of both parts, 0 of a resample without any. exp stops at e^700, near the end
+        of float64."""
+        ratio: Any = np.asarray(numerators) / np.maximum(denominators, 1e-300)
         if self.scale == "exp":
             ratio = np.exp(np.minimum(ratio, 700.0))
         return ratio / math.log(2) if self.scale == "bits" else ratio
