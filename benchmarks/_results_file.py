@@ -1,4 +1,4 @@
-"""What benchmarks share: the quickstart's model and text, and the JSON file of a result.
+"""What benchmarks share: the recipe wikipedia's model and text, and the JSON file of a result.
 
 `results/<script>.json` has `machine`, `versions`, `commit`, `command`, `figures` (name: number) and `rows`.
 """
@@ -42,19 +42,19 @@ def write(script: str, figures: dict[str, Any], rows: list[Any], *, suffix: str 
     print(f"wrote results/{path.name}")
 
 
-def quickstart(settings: Sequence[str] = ()) -> Recipe:
-    return load(data_folder("recipes") / "quickstart.yaml", settings)
+def wikipedia(settings: Sequence[str] = ()) -> Recipe:
+    return load(data_folder("recipes") / "wikipedia.yaml", settings)
 
 
-def quickstart_base() -> tuple[Any, Any]:
-    """The quickstart's base, SmolLM2-135M-Instruct in float32, and its tokenizer."""
-    model = quickstart().model
+def wikipedia_base() -> tuple[Any, Any]:
+    """Wikipedia's base, SmolLM2-135M-Instruct in float32, and its tokenizer."""
+    model = wikipedia().model
     return models.open_base(data.fetch(model.base, sha256=model.sha256))
 
 
-def quickstart_blocks(tokenizer: Any, context: int, blocks: int) -> np.ndarray:
-    """Packed blocks `(blocks, context)` of the quickstart's text."""
-    recipe = quickstart()
+def wikipedia_blocks(tokenizer: Any, context: int, blocks: int) -> np.ndarray:
+    """Packed blocks `(blocks, context)` of the recipe wikipedia's text."""
+    recipe = wikipedia()
     documents = read_documents(recipe.data, False, silent)
     encode = models.document_encoder(tokenizer)
     return data.training_blocks(documents, encode, context, blocks, recipe.seed)[0]

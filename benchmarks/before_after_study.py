@@ -1,6 +1,6 @@
 """Before and after: what dispersion does to SmolLM2-135M, and what quantization leaves of it.
 
-Builds the quickstart's model and text with several arms and seeds, twice: plain, and trained under int4
+Builds the recipe wikipedia's model and text with several arms and seeds, twice: plain, and trained under int4
 rounding. Both are ordinary builds (`edgedisp build`), so an interrupted study continues; the baselines of the
 two are compared by `edgedisp compare`. Figures, table and picture go to results/before_after.*.
 
@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from _results_file import RESULTS, quickstart, write
+from _results_file import RESULTS, wikipedia, write
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -49,7 +49,7 @@ def build_run(training: str, options: argparse.Namespace) -> Run:
         f"name=study-{training}", f"train.tokens={options.tokens}", f"seeds={options.seeds}", "targets=[]",
         f"evaluate.limit={options.limit}", f"precisions=[{','.join(PRECISIONS)}]", *TRAININGS[training][1],
     ]  # fmt: skip
-    recipe = smoke(quickstart(settings)) if options.smoke else quickstart(settings)
+    recipe = smoke(wikipedia(settings)) if options.smoke else wikipedia(settings)
     folder = options.out / training
     with Screen(f"{recipe.name} -> {folder}") as screen:
         return publish(recipe, build(recipe, folder, threads_for(recipe), screen), folder)

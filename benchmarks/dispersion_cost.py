@@ -27,7 +27,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from _results_file import median_and_quartiles, quickstart_base, quickstart_blocks, write
+from _results_file import median_and_quartiles, wikipedia_base, wikipedia_blocks, write
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -75,7 +75,7 @@ class Steps:
 
     def prepare(self, setting: str) -> None:
         self.batch, context, self.is_bf16, checkpointing = SETTINGS[setting]
-        self.blocks = torch.from_numpy(quickstart_blocks(self.tokenizer, context, 64).astype("int64"))
+        self.blocks = torch.from_numpy(wikipedia_blocks(self.tokenizer, context, 64).astype("int64"))
         self.model.activation_checkpointing_disable()
         if checkpointing:
             self.model.activation_checkpointing_enable({"use_reentrant": False})
@@ -105,7 +105,7 @@ class Steps:
 
 
 def time_steps(rounds: int) -> Result:
-    steps, figures, rows = Steps(*quickstart_base()), {}, []
+    steps, figures, rows = Steps(*wikipedia_base()), {}, []
     for setting in SETTINGS:
         steps.prepare(setting)
         times: dict[str, dict[int, float]] = {variant: {} for variant in VARIANTS}  # seconds by round
@@ -157,10 +157,10 @@ PAIRS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def gradients(counts: tuple[int, ...] = (32, 64, 128, 256)) -> Result:
     """How near the gradient of drawn tokens is to that of all pairs: cosines over all weights, float64."""
-    model, tokenizer = quickstart_base()
+    model, tokenizer = wikipedia_base()
     figures, rows = {}, []
     for batch, context in ((4, 256), (1, 1024)):
-        ids = torch.from_numpy(quickstart_blocks(tokenizer, context, batch).astype("int64"))
+        ids = torch.from_numpy(wikipedia_blocks(tokenizer, context, batch).astype("int64"))
 
         def gradient(tokens: int | None, first: int, ids: Tensor = ids) -> Tensor:
             model.zero_grad()
@@ -210,7 +210,7 @@ def in_fresh_process(task: str, *arguments: str) -> Any:
 def memory_of_steps() -> Result:
     figures, rows = {}, []
     with tempfile.TemporaryDirectory() as folder:
-        for part in quickstart_base():
+        for part in wikipedia_base():
             part.save_pretrained(folder)
         for setting in SETTINGS:
             peaks: dict[str, list[dict[str, float]]] = {"off": [], "ours": []}

@@ -2,15 +2,15 @@
 
     python benchmarks/quantization_frontier.py --work FOLDER [--wikitext FILE] [--trained] [--only NAME ...]
 
-Every row quantizes the quickstart's base in a process of its own, so that its peak memory is its own. Each
-bundle is scored as it ships (int8 activations) on 24 blocks of 256 tokens of the quickstart's held-out text
+Every row quantizes wikipedia's base in a process of its own, so that its peak memory is its own. Each
+bundle is scored as it ships (int8 activations) on 24 blocks of 256 tokens of wikipedia's held-out text
 and, where `--wikitext` names a file, of that: perplexity as a ratio to the fp32 bundle on the same tokens.
 One bundle of each graph is timed, in turns, with the default int4 bundle of onnxruntime-genai's model
 builder, and with llama.cpp at Q4_0 where llama-cpp-python is installed. Sizes are those of bundles as packed
 for a laptop, 4,096 positions. `--trained` also trains the base on 80k tokens, plainly and under
 rounding, and quantizes that; its ratios are to the plainly trained model in fp32.
 
-Finished rows stay in FOLDER (5 GB), so the benchmark can be stopped and continued. The quickstart's base is a
+Finished rows stay in FOLDER (5 GB), so the benchmark can be stopped and continued. Wikipedia's base is a
 4-bit GGUF expanded to fp32: its weights lie on a 4-bit grid with other zero points. Of two texts a figure is
 the worse. Intervals are over blocks of text: how a calibration happens to fall is not in them.
 """
@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _results_file import RESULTS, quickstart, write
+from _results_file import RESULTS, wikipedia, write
 from matplotlib.figure import Figure
 from other_runtimes import FIGURES, llama_cpp_command, onnxruntime_command, time_in_turns
 from scipy import stats
@@ -54,7 +54,7 @@ PROMPTS, NEW_TOKENS = 20, 64  # decoded greedily, to compare a bundle with what 
 BUILDER, LLAMA_CPP = "genai builder, default int4", "llama.cpp, Q4_0"
 FP32, TRAINED_FP32 = "fp32", "trained, fp32"
 LATE = "aware={precision: int4, start: 0.85}"
-# Name -> what the quickstart's recipe is changed in. All quantize to 4 bits but the first.
+# Name -> what the recipe wikipedia is changed in. All quantize to 4 bits but the first.
 BASE: dict[str, list[str]] = {
     "int8": [],
     "rtn": [],
@@ -78,13 +78,13 @@ TRAINED: dict[str, list[str]] = {
 
 
 def recipe_of(name: str) -> Recipe:
-    """The quickstart with the changes of a row; rounding to nearest unless it says otherwise."""
+    """The recipe wikipedia with the changes of a row; rounding to nearest unless it says otherwise."""
     keys = {"budget": "quantize.budget", "aware": "train.quantization_aware"}
     changes = ["train.tokens=80k", "arms=[baseline]", "quantize.int4={method: rtn}"]
     for change in (BASE | TRAINED).get(name, []):
         key, _, value = change.partition("=")
         changes.append(f"{keys.get(key, f'quantize.int4.{key}')}={value}")
-    return quickstart(changes)
+    return wikipedia(changes)
 
 
 def row_folder(name: str) -> str:

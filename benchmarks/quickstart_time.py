@@ -21,6 +21,7 @@ from edgedisp.core.files import to_json
 from edgedisp.pipeline.run_results import load
 from edgedisp.report import verdict
 
+RECIPE = "home_commands_smollm2_135m"
 KINDS = {"model": "training", "measure": "checks and scoring", "latency": "timing"}
 
 
@@ -32,7 +33,7 @@ def main() -> None:
         folder = out or Path(scratch) / "run"
         if folder.exists():
             sys.exit(f"{folder}: exists; a benchmark needs a fresh folder")
-        command = [str(Path(sys.executable).parent / "edgedisp"), "build", "quickstart", "--out", str(folder)]
+        command = [str(Path(sys.executable).parent / "edgedisp"), "build", RECIPE, "--out", str(folder)]
         started = time.perf_counter()
         subprocess.run(command, check=True)
         figures = {"total_s": time.perf_counter() - started}

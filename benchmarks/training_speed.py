@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _results_file import median_and_quartiles, quickstart_base, quickstart_blocks, write
+from _results_file import median_and_quartiles, wikipedia_base, wikipedia_blocks, write
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -116,8 +116,8 @@ def measure(name: str, device: str, rounds: int, steps: int) -> list[dict[str, A
     """The rows of one setting, one for each variant."""
     if device == "cpu":
         batch, context, precision = CPU_SETTINGS[name]
-        base, tokenizer = quickstart_base()
-        blocks = quickstart_blocks(tokenizer, context, batch * steps)
+        base, tokenizer = wikipedia_base()
+        blocks = wikipedia_blocks(tokenizer, context, batch * steps)
     else:
         make, batch, context = GPU_SETTINGS[name]
         base, precision = make(), "bf16"

@@ -216,7 +216,7 @@ def verdict(full: Estimate, quantized: Estimate, change: Estimate) -> str:
 
 DIFFERING = 0.06
 """Share of 0/1 items that two models trained alike answer differently: a high one of the 0.5 to 7 % measured
-on SmolLM2-135M and the quickstart's text (benchmarks/results/before_after.json)."""
+on SmolLM2-135M and the text of the recipe wikipedia (benchmarks/results/before_after.json)."""
 DIFFERING_ANSWERS = 0.1
 """The same of exact answers after fine-tuning: where half are right, more hang by one token."""
 DOCUMENT_SD = {"fp32": 0.0023, "int8": 0.0105, "int4": 0.052}

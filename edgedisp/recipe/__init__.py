@@ -1,6 +1,6 @@
 """A recipe: one YAML file that says which build is wanted, read into a frozen, checked `Recipe`.
 
-    recipe = load(Path("recipes/quickstart.yaml"), overrides=["train.tokens=10k"])
+    recipe = load(Path("recipes/wikipedia.yaml"), overrides=["train.tokens=10k"])
 
 Start reading at schema.py. There are no includes or environment variables: a recipe can be read alone.
 """

@@ -350,7 +350,7 @@ def test_an_output_folder_of_another_recipe_and_wrong_usage_are_refused(
 ) -> None:
     ended = edgedisp("build", built.recipe, "--out", built.run, "--set", "train.lr=2e-3")
     refused(ended, "belongs to another recipe", "train.lr")
-    for words in (("bild",), ("build",), ("build", "quickstart", "--oot", "x"), ("build", "quickstrat")):
+    for words in (("bild",), ("build",), ("build", "wikipedia", "--oot", "x"), ("build", "wikipedai")):
         assert edgedisp(*words).code == 2
 
 

@@ -72,6 +72,6 @@ def _check_all_are_compared(results: Run) -> None:
 
 
 def test_an_arm_may_stand_alone(tmp_path: Path, edgedisp: Command) -> None:
-    ended = edgedisp("build", "quickstart", "--smoke", "--out", tmp_path / "run", "--set", "arms=[neftune]")
+    ended = edgedisp("build", "wikipedia", "--smoke", "--out", tmp_path / "run", "--set", "arms=[neftune]")
     assert ended.code == 0, ended
     assert "Single arm: only neftune was built" in ended.out

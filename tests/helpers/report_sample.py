@@ -148,13 +148,13 @@ def sample(value: float = -0.0008, half: float = 0.0031, p: float = 0.4, cloze: 
     shares = dict.fromkeys(("rms_steps", "beyond_half_step", "integers_moved", "slope", "cosine"), 0.1)
     weights = {"nearest": 0.9, "references": {"base": {"total": shares, "components": {"mlp": shares}}}}
     return Run(
-        name="quickstart",
+        name="wikipedia",
         arms=arms,
         precisions=PRECISIONS,
         hash8="3fa9c1d2",
         created="2026-02-03T14:05:11+00:00",
-        command="edgedisp build quickstart",
-        recipe_yaml="name: quickstart\n",
+        command="edgedisp build wikipedia",
+        recipe_yaml="name: wikipedia\n",
         machine={"cpu": "x86-64", "memory_bytes": 16_000_000_000},
         versions={"torch": "2.13.0"},
         seeds=[0],

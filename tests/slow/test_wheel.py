@@ -55,5 +55,5 @@ def test_without_the_libraries_a_wheel_is_built_and_lacks_the_page_alone(tmp_pat
         shutil.copy(TOP / name, tree / name)
     with build_wheel(tree, tmp_path / "dist") as wheel:
         names = wheel.namelist()
-    assert f"{FOLDER}/index.html" in names and "edgedisp/packaged/recipes/quickstart.yaml" in names
+    assert f"{FOLDER}/index.html" in names and "edgedisp/packaged/recipes/wikipedia.yaml" in names
     assert not [name for name in names if name.startswith(f"{FOLDER}/vendor/")]

@@ -20,8 +20,8 @@ MEASURE = {f"ARM/measure-{precision}" for precision in ("torch", "fp32", "int8",
 MANY = "arms=[baseline, dispersed, neftune, {name: strong, dispersion: {weight: 1.0}}]"
 
 
-def quickstart(*overrides: str) -> Recipe:
-    return load(data_folder("recipes") / "quickstart.yaml", overrides)
+def wikipedia(*overrides: str) -> Recipe:
+    return load(data_folder("recipes") / "wikipedia.yaml", overrides)
 
 
 def by_name(recipe: Recipe) -> dict[str, Stage]:
@@ -39,16 +39,16 @@ def changed(before: dict[str, Stage], after: dict[str, Stage]) -> set[str]:
 
 
 def test_an_arm_or_a_seed_more_changes_no_key_but_the_timings() -> None:
-    before = by_name(quickstart())
+    before = by_name(wikipedia())
     for overrides in ((MANY,), ("seeds=3",), (MANY, "seeds=2"), ("arms=[dispersed, baseline]",)):
-        after = by_name(quickstart(*overrides))
+        after = by_name(wikipedia(*overrides))
         assert changed(before, after) <= {"latency"}
         assert set(before) <= set(after)
 
 
 def test_a_training_depends_on_what_its_arm_adds_and_on_nothing_of_the_others() -> None:
-    before = by_name(quickstart(MANY))
-    heavier = by_name(quickstart(MANY, "train.dispersion.weight=0.5"))
+    before = by_name(wikipedia(MANY))
+    heavier = by_name(wikipedia(MANY, "train.dispersion.weight=0.5"))
     assert changed(before, heavier) == {"dispersed/model"}  # `strong` has a weight of its own
     arms = {name: plain(before[f"{name}/model"].options)["arm"] for name in ("baseline", "neftune", "strong")}
     assert arms["baseline"]["dispersion"] is None and arms["neftune"]["techniques"] == {"neftune": 5.0}
@@ -71,7 +71,7 @@ def test_a_training_depends_on_what_its_arm_adds_and_on_nothing_of_the_others() 
     ],
 )
 def test_a_changed_key_changes_the_stages_whose_options_hold_it(override: str, expected: set[str]) -> None:
-    stages = changed(by_name(quickstart()), by_name(quickstart(override)))
+    stages = changed(by_name(wikipedia()), by_name(wikipedia(override)))
     assert stages == {name.replace("ARM", arm) for name in expected for arm in ("baseline", "dispersed")}
 
 
@@ -101,14 +101,14 @@ def test_auto_precision_is_in_a_trainings_key_as_this_machine_computes_it(
     for fast, precision in ((True, "bf16"), (False, "fp32")):
         monkeypatch.setattr(build_plan, "multiplies_bf16", lambda fast=fast: fast)
         auto, fixed = (
-            plain(by_name(quickstart(*overrides))["dispersed/model"].options)["train"]
+            plain(by_name(wikipedia(*overrides))["dispersed/model"].options)["train"]
             for overrides in ((), (f"train.precision={precision}",))
         )
         assert auto == fixed and auto["precision"] == precision
 
 
 def test_each_seed_is_trained_exported_and_scored_and_the_first_also_timed_and_packaged() -> None:
-    recipe = quickstart("seeds=2", "seed=4")
+    recipe = wikipedia("seeds=2", "seed=4")
     stages = by_name(recipe)
     assert stages["dispersed/model"].options.arm.seed == 4
     assert stages["dispersed-seed5/model"].options.arm.seed == 5
@@ -125,7 +125,7 @@ def test_each_seed_is_trained_exported_and_scored_and_the_first_also_timed_and_p
 def test_the_untouched_base_is_quantized_scored_and_timed_like_an_arm_and_changes_none() -> None:
     gptq, aware = "quantize.int4.method=gptq", "train.quantization_aware=int4"
     for overrides in ((gptq,), (gptq, aware), ("quantize.budget=100MB",)):
-        before, after = by_name(quickstart(*overrides)), by_name(quickstart(*overrides, "evaluate.base=true"))
+        before, after = by_name(wikipedia(*overrides)), by_name(wikipedia(*overrides, "evaluate.base=true"))
         assert changed(before, after) == {"latency"}
         untrained = {
             name.removeprefix("untrained/"): stage for name, stage in after.items() if name not in before
@@ -137,7 +137,7 @@ def test_the_untouched_base_is_quantized_scored_and_timed_like_an_arm_and_change
             == after["latency"].inputs["base/int4"]
             == "untrained/int4"
         )
-    assert not by_name(quickstart(gptq, aware, "evaluate.base=true"))["untrained/int4"].options.is_trained
+    assert not by_name(wikipedia(gptq, aware, "evaluate.base=true"))["untrained/int4"].options.is_trained
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_the_untouched_base_is_quantized_scored_and_timed_like_an_arm_and_change
     ],
 )
 def test_every_stage_comes_after_those_it_reads_under_a_name_of_its_own(overrides: tuple[str, ...]) -> None:
-    recipe = quickstart(*overrides)
+    recipe = wikipedia(*overrides)
     stages = build_plan.stages(recipe, threads=2)
     order = [stage.name for stage in stages]
     assert len(order) == len(set(order))
@@ -164,34 +164,34 @@ def test_every_stage_comes_after_those_it_reads_under_a_name_of_its_own(override
 def test_a_reporter_that_is_not_installed_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build_plan, "find_spec", lambda name: None)
     with pytest.raises(BadInput, match=r"train.report_to: wandb is not installed: pip install wandb"):
-        build_plan.stages(quickstart("train.report_to=[wandb]"), threads=2)
+        build_plan.stages(wikipedia("train.report_to=[wandb]"), threads=2)
 
 
 def test_a_budget_makes_the_int4_bundle_again_and_nothing_else() -> None:
     goal = "quantize.budget=100MB"
-    budget = by_name(quickstart(goal))
-    assert changed(by_name(quickstart()), budget) == {"baseline/int4", "dispersed/int4"}
+    budget = by_name(wikipedia(goal))
+    assert changed(by_name(wikipedia()), budget) == {"baseline/int4", "dispersed/int4"}
     assert budget["dispersed/int4"].inputs["decider"] == "baseline/int4"
-    assert not changed(budget, by_name(quickstart(goal, "quantize.int4.group=64")))  # the search finds groups
-    assert changed(budget, by_name(quickstart(goal, "quantize.int4.method=rtn")))
+    assert not changed(budget, by_name(wikipedia(goal, "quantize.int4.group=64")))  # the search finds groups
+    assert changed(budget, by_name(wikipedia(goal, "quantize.int4.method=rtn")))
 
 
 def test_a_changed_grid_or_merge_merges_again_and_trains_nothing_again() -> None:
     qlora = "train.adapter.kind=qlora"
-    before = by_name(quickstart(qlora))
+    before = by_name(wikipedia(qlora))
     for override in ("quantize.int4.group=64", "train.adapter.merge=full", "precisions=[fp32]"):
-        remade = changed(before, by_name(quickstart(qlora, override)))
+        remade = changed(before, by_name(wikipedia(qlora, override)))
         assert remade >= BOTH and not remade & {"baseline/adapter", "dispersed/adapter"}
-    assert not BOTH & changed(before, by_name(quickstart(qlora, "quantize.int8.group=64")))
+    assert not BOTH & changed(before, by_name(wikipedia(qlora, "quantize.int8.group=64")))
     assert before["dispersed/model"].inputs["decider"] == "baseline/model"  # its audit holds for all arms
-    for stages in (before, by_name(quickstart(qlora, "train.adapter.merge=full"))):
+    for stages in (before, by_name(wikipedia(qlora, "train.adapter.merge=full"))):
         assert "decider" not in stages["baseline/model"].inputs
-    assert "decider" not in by_name(quickstart("train.adapter.kind=lora"))["dispersed/model"].inputs
+    assert "decider" not in by_name(wikipedia("train.adapter.kind=lora"))["dispersed/model"].inputs
 
 
 def test_options_of_the_bundle_train_again_where_training_sees_them() -> None:
     aware, group = "train.quantization_aware=int4", "quantize.int4.group=16"
-    before = by_name(quickstart(aware))
-    assert changed(before, by_name(quickstart(aware, group))) >= BOTH
-    assert not BOTH & changed(before, by_name(quickstart(aware, "quantize.int4.accuracy_level=0")))
-    assert not BOTH & changed(by_name(quickstart()), by_name(quickstart(group)))
+    before = by_name(wikipedia(aware))
+    assert changed(before, by_name(wikipedia(aware, group))) >= BOTH
+    assert not BOTH & changed(before, by_name(wikipedia(aware, "quantize.int4.accuracy_level=0")))
+    assert not BOTH & changed(by_name(wikipedia()), by_name(wikipedia(group)))

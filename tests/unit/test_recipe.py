@@ -301,7 +301,7 @@ def test_an_override_of_many_parts_and_an_alias_bomb_are_refused_in_short(refusa
 
 
 def test_a_file_that_is_not_there_or_cannot_be_read(tmp_path: Path) -> None:
-    (tmp_path / "quickstart.yaml").write_text(SMALL)
+    (tmp_path / "wikipedia.yaml").write_text(SMALL)
     (tmp_path / "latin.yaml").write_bytes(b"name: x\n# caf\xe9\n")
     for name, words in {
         "zzz.yaml": "zzz.yaml: no such file",

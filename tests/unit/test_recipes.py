@@ -73,13 +73,13 @@ def test_the_recipe_for_eight_gpus_is_the_papers_and_can_be_shared_by_eight() ->
     assert split(small.train.batch, small.train.accumulate, 8) == (1, 1)
 
 
-def test_the_quickstart_needs_no_hub_and_the_ablation_adds_the_papers_baselines_and_seeds() -> None:
-    quickstart, ablation = packaged("quickstart"), packaged("ablation")
-    assert quickstart.model.base.startswith("pypi:") and quickstart.model.sha256
-    assert all(source.source.startswith("pypi:") for source in quickstart.data.train)
-    assert all(task.startswith("heldout_") for task in quickstart.evaluate.tasks)
+def test_wikipedia_needs_no_hub_and_the_ablation_adds_the_papers_baselines_and_seeds() -> None:
+    wikipedia, ablation = packaged("wikipedia"), packaged("ablation")
+    assert wikipedia.model.base.startswith("pypi:") and wikipedia.model.sha256
+    assert all(source.source.startswith("pypi:") for source in wikipedia.data.train)
+    assert all(task.startswith("heldout_") for task in wikipedia.evaluate.tasks)
     shared = ("model", "data", "train", "seed", "steps")
-    assert all(getattr(ablation, key) == getattr(quickstart, key) for key in shared) and ablation.steps == 39
+    assert all(getattr(ablation, key) == getattr(wikipedia, key) for key in shared) and ablation.steps == 39
     adds = {run.arm: run.adds for run in ablation.arm_runs}
     assert list(adds) == ["baseline", "dispersed", "dispersed_1", "neftune", "active_forgetting"]
     weights = [adds[arm]["dispersion"]["weight"] for arm in ("dispersed", "dispersed_1")]

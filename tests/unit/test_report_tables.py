@@ -102,7 +102,7 @@ def test_a_model_card_is_tagged_by_what_the_folder_holds() -> None:
     assert 'base_model: "HuggingFaceTB/SmolLM2-135M"' in front and "license" not in front
     assert '"dispersion-loss"' not in baseline.split("---")[1]
     assert "control of a paired experiment" in baseline
-    assert verdict(run).parts[0] in card and "edgedisp build quickstart" in card
+    assert verdict(run).parts[0] in card and "edgedisp build wikipedia" in card
     assert "seed 1" in model_card(several_arms(seeds=2), "dispersed-seed1")
 
 
