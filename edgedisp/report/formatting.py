@@ -159,5 +159,5 @@ def label(precision: str) -> str:
 
 
 def typographic(text: str) -> str:
-    """For HTML: the minus sign before figures, and no line break before a percent sign."""
-    return re.sub(r"(?<=\d) %", "\u00a0%", re.sub(r"(?<![\w.])-(?=\d)", "−", text))
+    """For HTML: the minus sign before figures, and no line break before a percent sign or an arrow."""
+    return re.sub(r"(?<=\d) (?=%)| (?=[↑↓])", "\u00a0", re.sub(r"(?<![\w.])-(?=\d)", "−", text))

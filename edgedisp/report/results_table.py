@@ -72,6 +72,8 @@ class Row:
         cell = self.cell(metric, column)
         if metric.key == "size_bytes":
             return megabytes(cell.estimate.value)
+        if metric.kind == "cost":
+            return significant(cell.estimate.value, 3)
         text = format_estimate(cell.estimate, metric.scale, signs=bool(cell.outcome), short=short)
         return text + "*" * (cell.outcome not in ("", NOT_CLEAR))
 
