@@ -12,7 +12,7 @@ export OMP_NUM_THREADS ?= 1
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-quickstart: setup ## teach a real model (SmolLM2-135M) function calls and compare, from nothing
+quickstart: $(VENV)/.base ## teach a real model (SmolLM2-135M) function calls and compare, from nothing
 	env -u OMP_NUM_THREADS $(BIN)/edgedisp build recipes/home_commands_smollm2_135m.yaml
 
 # Types are checked beside the tests: mypy takes one core for a minute.
@@ -39,16 +39,22 @@ types: setup ## mypy, strict
 	$(BIN)/mypy
 
 # Plain `torch` would bring several GB of CUDA libraries where no CPU build is offered; see README, Install.
-setup: $(VENV)/.test ## the environment of `make test`
-$(VENV)/.test: pyproject.toml requirements.lock
+# Most of the 13,000 modules are never imported, so that byte code is left to the first import.
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint requirements.lock --editable
+$(VENV)/.base: pyproject.toml requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable ".[test]"
+	$(INSTALL) ".[lora]"
+	touch $@
+
+setup: $(VENV)/.test ## the environment of `make test`
+$(VENV)/.test: $(VENV)/.base
+	$(INSTALL) ".[test]"
 	touch $@
 
 setup-all: $(VENV)/.dev ## the environment of `make test-all`
 $(VENV)/.dev: $(VENV)/.test
-	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable ".[dev]"
+	$(INSTALL) ".[dev]"
 	touch $@
 
 lock: setup-all ## write requirements.lock from what is installed
