@@ -112,6 +112,9 @@ def make_recipe(
             problem = error.errors()[0]
             option, reason = str(problem["loc"][-1]).rstrip("s"), problem["msg"].removeprefix("Value error, ")
             raise BadInput(f"--{option}s: '{problem['input']}': {reason}") from None
+    if LOSS_TASK not in recipe.heldout_tasks:
+        reason = "a pilot compares losses of held-out text, and this recipe reads conversations alone"
+        raise BadInput(f"{recipe.where('data.train')}: {reason}; build it with an arm for each setting")
     try:
         steps = read_whole(tokens) // step
     except ValueError as problem:
@@ -120,7 +123,7 @@ def make_recipe(
         raise BadInput(f"--tokens {tokens}: too few: one optimizer step takes {step:,}")
     steps = min(steps, SMOKE_STEPS) if recipe.is_smoke else steps
     unvaried = section.model_copy(update={key: getattr(Dispersion(), key) for key in VARIED})
-    train = recipe.train.model_copy(update={"tokens": step * steps, "dispersion": unvaried})
+    train = recipe.train.model_copy(update={"tokens": step * steps, "epochs": None, "dispersion": unvaried})
     name = f"{recipe.name}-pilot"
     changes = {"name": name, "train": train, "arms": (*arms.values(),), "seeds": 1, "evaluate": EVALUATE}
     return recipe.model_copy(update=changes)

@@ -155,20 +155,6 @@ def _escaped(tokenizer: Any, value: Any) -> tuple[Any, int]:
     return value, 0
 
 
-def prompt_messages(format: ChatFormat, conversation: Any, turn: int) -> list[Message]:
-    """What the template is given to ask for message number `turn` of a conversation."""
-    return format.messages(conversation.messages[:turn], conversation.tools)
-
-
-def render(
-    tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any] | None, add_generation_prompt: bool
-) -> str:
-    """The text of a conversation in the tokenizer's format, special tokens in its contents escaped."""
-    request = _request(chat_format(tokenizer), _escaped(tokenizer, messages)[0], tools, add_generation_prompt)
-    (messages,) = request["conversations"]
-    return render_conversation(tokenizer, messages, request["tools"], add_generation_prompt)
-
-
 def _request(
     format: ChatFormat, messages: Sequence[Message], tools: Sequence[Any] | None, is_prompt: bool
 ) -> dict[str, Any]:
@@ -184,7 +170,9 @@ def prompt_ids(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any]
     for a template that cannot be rendered.
     """
     if tokenizer.chat_template:
-        return encode(tokenizer, render(tokenizer, messages, tools, True))
+        request = _request(chat_format(tokenizer), _escaped(tokenizer, messages)[0], tools, True)
+        text = render_conversation(tokenizer, request["conversations"][0], request["tools"])
+        return encode(tokenizer, text)
     ids, bos = encode(tokenizer, "\n".join(message["content"] for message in messages)), bos_id(tokenizer)
     return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
 
