@@ -14,9 +14,23 @@ func check(_ result: OpaquePointer?) throws {
 actor Chat {
     private var model: OpaquePointer?, tokenizer: OpaquePointer?
     private var messages: [[String: String]] = []
+    private let first: Int, ends: Set<Int32>, special: [String], tools: String?
     private let context = 2048, most = 256
 
     init(folder: URL) throws {
+        func json(_ name: String) throws -> [String: Any] {
+            let data = try Data(contentsOf: folder.appendingPathComponent(name))
+            return try JSONSerialization.jsonObject(with: data) as? [String: Any] ?? [:]
+        }
+        let app = try json("app.json"), added = try json("tokenizer.json")["added_tokens"] as? [[String: Any]] ?? []
+        if let system = app["system"] as? String { messages = [["role": "system", "content": system]] }
+        first = messages.count
+        ends = Set(((app["stop"] as? [String: Any])?["ids"] as? [Int] ?? []).map(Int32.init))
+        special = added.filter { $0["special"] as? Bool == true }.compactMap { $0["content"] as? String }
+            .sorted { $0.count > $1.count }
+        tools = try (app["tools"] as? [Any]).map {
+            String(decoding: try JSONSerialization.data(withJSONObject: $0), as: UTF8.self)
+        }
         OgaSetTelemetryEnabled(false)
         try check(OgaCreateModel(folder.path, &model))
         try check(OgaCreateTokenizer(model, &tokenizer))
@@ -25,15 +39,15 @@ actor Chat {
     deinit { OgaDestroyTokenizer(tokenizer); OgaDestroyModel(model) }
 
     func answer(_ text: String, piece: @Sendable (String) -> Void) throws {
-        messages.append(["role": "user", "content": text])
+        messages.append(["role": "user", "content": escaped(text)])
         var ids: OpaquePointer?, params: OpaquePointer?, generator: OpaquePointer?, stream: OpaquePointer?
         defer {
             OgaDestroyTokenizerStream(stream); OgaDestroyGenerator(generator)
             OgaDestroyGeneratorParams(params); OgaDestroySequences(ids)
         }
         ids = try encoded()
-        while OgaSequencesGetSequenceCount(ids, 0) > context - most && messages.count > 2 {
-            messages.removeFirst(2)
+        while OgaSequencesGetSequenceCount(ids, 0) > context - most && messages.count > first + 2 {
+            messages.removeSubrange(first..<first + 2)
             OgaDestroySequences(ids)
             ids = nil
             ids = try encoded()
@@ -45,8 +59,6 @@ actor Chat {
         try check(OgaCreateGenerator(model, params, &generator))
         try check(OgaCreateTokenizerStream(tokenizer, &stream))
         var next: UnsafePointer<Int32>?, count = 0, letters: UnsafePointer<CChar>?, said = ""
-        try check(OgaTokenizerGetEosTokenIds(tokenizer, &next, &count))
-        let ends = Set(UnsafeBufferPointer(start: next, count: count))
         try check(OgaGenerator_AppendTokenSequences(generator, ids))
         while !OgaGenerator_IsDone(generator) && !Task.isCancelled {
             try check(OgaGenerator_GenerateNextToken(generator))
@@ -58,10 +70,15 @@ actor Chat {
         messages.append(["role": "assistant", "content": said])
     }
 
+    /// A user's text, by the rule `escape` of app.json.
+    private func escaped(_ text: String) -> String {
+        special.reduce(text) { $0.replacingOccurrences(of: $1, with: "\($1.prefix(1)) \($1.dropFirst())") }
+    }
+
     private func encoded() throws -> OpaquePointer? {
         let json = String(decoding: try JSONSerialization.data(withJSONObject: messages), as: UTF8.self)
         var prompt: UnsafePointer<CChar>?, ids: OpaquePointer?
-        try check(OgaTokenizerApplyChatTemplate(tokenizer, nil, json, nil, true, &prompt))
+        try check(OgaTokenizerApplyChatTemplate(tokenizer, nil, json, tools, true, &prompt))
         defer { OgaDestroyString(prompt) }
         try check(OgaCreateSequences(&ids))
         try check(OgaTokenizerEncode(tokenizer, prompt, ids))

@@ -8,7 +8,7 @@ env.backends.onnx.wasm.wasmPaths = "/node_modules/onnxruntime-web/dist/"; // by 
 env.backends.onnx.wasm.numThreads = 1;
 
 let opened;
-self.onmessage = async ({ data: { name, messages, most } }) => {
+self.onmessage = async ({ data: { name, messages, tools, most } }) => {
   try {
     const progress_callback = ({ file, progress }) => self.postMessage({ file, progress });
     opened ??= pipeline("text-generation", name, { device: "wasm", dtype: "q4", progress_callback });
@@ -16,7 +16,7 @@ self.onmessage = async ({ data: { name, messages, most } }) => {
     const callback_function = (piece) => self.postMessage({ piece });
     const shown = { skip_prompt: true, skip_special_tokens: true, callback_function };
     const streamer = new TextStreamer(generate.tokenizer, shown);
-    const [answer] = await generate(messages, { max_new_tokens: most, do_sample: false, streamer });
+    const [answer] = await generate(messages, { tools, max_new_tokens: most, do_sample: false, streamer });
     self.postMessage({ messages: answer.generated_text });
   } catch (error) {
     self.postMessage({ error: String(error) });

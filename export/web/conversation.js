@@ -101,7 +101,8 @@ export class Conversation {
   }
 
   encode(written, tools = this.app.tools ?? null) {
-    let messages = written.map((message) => ({ ...message, content: this.escaped(message.content) }));
+    const escaped = (message) => ({ ...message, content: this.escaped(message.content) });
+    let messages = this.template ? written.map(escaped) : written;
     if (this.app.system_role === "user" && messages[0]?.role === "system") {
       const [system, first, ...others] = messages;
       messages = [{ ...first, content: `${system.content}\n\n${first.content}` }, ...others];

@@ -31,19 +31,30 @@ from edgedisp.models.tiny_model import CHAT_TEMPLATE
 
 APPS = TOP / "export" / "apps"
 PAGE = (TOP / "docs" / "phone_app.md").read_text(encoding="utf-8")
-LINES = ["in 1850", "a"]  # the first answer ends by itself; with it, the second question outgrows the context
-ANSWER = 48  # tokens, where the caller decides; then all fits
+LINES = [
+    "Soukelwick",
+    "a",
+]  # the first answer ends by itself; with it, the second question outgrows the context
+ANSWER = 40  # tokens, where the caller decides; then all fits
+
+
+SYSTEM = [{"role": "system", "content": "a"}]
+TOOLS = [{"type": "function", "function": {"name": "b", "description": "c", "parameters": {}}}]
+TEMPLATE = (
+    "{% if tools %}{% for tool in tools %}{{ tool.function.name }}{% endfor %}{% endif %}" + CHAT_TEMPLATE
+)
 
 
 def chat_bundle(root: Path, for_browser: bool) -> Path:
     text_model("llama", root / "model")
-    (root / "model" / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    (root / "model" / "chat_template.jinja").write_text(TEMPLATE)
+    (root / "model" / "app.json").write_text(json.dumps({"system": "a", "tools": TOOLS}))
     return export_all_layouts(root / "model", "int4", root, for_browser).folder
 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """In all layouts, with a chat template."""
+    """In all layouts, with a chat template, a system prompt and a tool."""
     return chat_bundle(tmp_path_factory.mktemp("app"), for_browser=False)
 
 
@@ -61,17 +72,17 @@ def expected(bundle: Path, most: int | None = None) -> list[list[str]]:
     """The words that onnxruntime answers to LINES, within the context by the page's rule."""
     tokenizer, model = load_tokenizer(bundle), OnnxModel(bundle, 1)
     most = most or min(256, model.context // 2)
-    messages: list[dict[str, str]] = []
+    messages = list(SYSTEM)
     answers: list[str] = []
 
     def prompt() -> list[int]:
-        encoding = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-        return list(encoding["input_ids"])
+        options = {"tools": TOOLS, "add_generation_prompt": True, "return_dict": True}
+        return list(tokenizer.apply_chat_template(messages, **options)["input_ids"])
 
     for line in LINES:
         messages.append({"role": "user", "content": line})
-        while len(prompt()) > model.context - most and len(messages) > 2:
-            del messages[:2]
+        while len(prompt()) > model.context - most and len(messages) > 3:
+            del messages[1:3]
         tokens = model.greedy(prompt(), most, model.end_ids)
         assert answers or tokens[-1] in model.end_ids
         answers.append(tokenizer.decode(tokens, skip_special_tokens=True))
@@ -95,17 +106,18 @@ def test_programs_of_the_page_answer_as_onnxruntime(
 @needs_chromium
 def test_a_page_answers_in_a_worker(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
     web_bundle = chat_bundle(tmp_path_factory.mktemp("web"), for_browser=True)
+    request = json.dumps({"name": web_bundle.name, "tools": TOOLS, "most": ANSWER})
     shutil.copyfile(APPS / "worker.mjs", tmp_path / "worker.mjs")
     (tmp_path / "page.mjs").write_text(f"""
         const worker = new Worker("/worker.mjs", {{ type: "module" }});
-        let [messages, pieces] = [[], ""];
+        let [messages, pieces] = [{json.dumps(SYSTEM)}, ""];
         const ask = (messages) => new Promise((resolve, reject) => {{
           worker.onmessage = ({{ data }}) => {{
             if (data.piece) pieces += data.piece;
             if (data.messages) resolve(data.messages);
             if (data.error) reject(new Error(data.error));
           }};
-          worker.postMessage({{ name: {json.dumps(web_bundle.name)}, messages, most: {ANSWER} }});
+          worker.postMessage({{ ...{request}, messages }});
         }});
         for (const content of {json.dumps(LINES)})
           messages = await ask([...messages, {{ role: "user", content }}]);
@@ -140,6 +152,21 @@ def test_the_loop_for_react_native_gives_the_tokens_in_node(bundle: Path, tmp_pa
     """)
     answers = json.loads(output(["node", "ask.mjs", bundle], tmp_path))
     assert words(answers) == expected(bundle, ANSWER)
+
+
+@needs_node
+def test_transformers_js_gives_the_ids_of_the_example(bundle: Path, tmp_path: Path) -> None:
+    example = json.loads((bundle / "app.json").read_text())["example"]
+    (with_node_modules(tmp_path) / "ids.mjs").write_text(f"""
+        import {{ AutoTokenizer, env }} from "@huggingface/transformers";
+        env.localModelPath = {json.dumps(f"{bundle.parent}/")};
+        const tokenizer = await AutoTokenizer.from_pretrained({json.dumps(bundle.name)});
+        const {{ messages, tools }} = {json.dumps(example)};
+        const encoding = {{ tools, add_generation_prompt: true, return_dict: false, return_tensor: false }};
+        console.log(JSON.stringify(tokenizer.apply_chat_template(messages, encoding)));
+    """)
+    assert example["tools"] == TOOLS
+    assert json.loads(output(["node", "ids.mjs"], tmp_path)) == example["prompt_ids"]
 
 
 @needs_node

@@ -139,6 +139,21 @@ def test_a_tool_call_is_a_card(store: SharedStore, width: int, dark: bool) -> No
         ["turn_on", "device", "desk", "lamp", "brightness", "70"]
     ]
     assert page["trouble"] == "" and page["overflow"] <= 0 and page["complaints"] == []
+    assert "prompts as in training, 38 of 38 ids" in page["about"]
+
+
+@needs_playwright
+def test_another_tokenizer_than_in_training_is_named_by_its_first_token(
+    store: SharedStore, tmp_path: Path
+) -> None:
+    bundle = copy_with(taught_bundle(store), tmp_path / "taught")
+    app = json.loads((bundle / "app.json").read_text())
+    app["example"]["prompt_ids"][2] += 1
+    (bundle / "app.json").write_text(json.dumps(app))
+    with served({"taught": bundle}, prompt=4, generate=4) as (server, _):
+        page = drive(server, "call", texts=[REQUEST], width=400)
+    assert "other ids on this page than in training: token 3 of 38 is" in page["trouble"]
+    assert page["turn"]["text"] == ANSWER
 
 
 @needs_playwright
