@@ -33,9 +33,6 @@ WRONG_ANSWERS = 10  # shown of a run
 LINE = 100  # characters of a prompt that is shown in a command
 _CHUNK = 64  # prompts between two writes of the cache; the same ones always share it, and so a batch
 
-Call = tuple[str, dict[str, Any]]
-"""A function's name and arguments; of a JSON object that calls none, an empty name and the object."""
-
 
 # Questions
 
@@ -107,7 +104,7 @@ def score(
         item = {"id": question.id, "document": question.document, **loss}
         item |= judge(question.notes["reference"], text)
         items.append({**item, **question.notes, "answer": text, "asked": question.fingerprint()})
-    has_calls = any(calls(parse(question.notes["reference"])) for question in questions)
+    has_calls = any(calls(parse(question.notes["reference"]))[0] for question in questions)
     metrics = [EXACT, *(CALLS if has_calls else ()), LOSS]
     return task_result(TaskScore(ANSWERS_TASK, {}), items, metrics, resampling)
 
@@ -170,24 +167,22 @@ def judge(reference: str, answer: str) -> dict[str, float]:
     nothing is to be called, a call is wrong."""
     expected, actual = parse(reference), parse(answer)
     exact = int(_canonical(expected) == _canonical(actual))
-    expected_calls, actual_calls = calls(expected), calls(actual)
-    if bool(expected_calls) != bool(actual_calls):
+    (names, arguments), (other_names, other_arguments) = calls(expected), calls(actual)
+    if bool(names) != bool(other_names):
         return {"exact": exact, "name": 0, "arguments": 0, "argument_f1": 0.0}
-    expected_pairs, actual_pairs = _arguments(expected_calls), _arguments(actual_calls)
-    total = expected_pairs.total() + actual_pairs.total()
+    pairs, other_pairs = _pairs(arguments), _pairs(other_arguments)
+    total = pairs.total() + other_pairs.total()
     return {
         "exact": exact,
-        "name": int([name for name, _ in expected_calls] == [name for name, _ in actual_calls]),
-        "arguments": int(
-            _canonical([each for _, each in expected_calls]) == _canonical([each for _, each in actual_calls])
-        ),
-        "argument_f1": 2 * (expected_pairs & actual_pairs).total() / total if total else 1.0,
+        "name": int(names == other_names),
+        "arguments": int(_canonical(arguments) == _canonical(other_arguments)),
+        "argument_f1": 2 * (pairs & other_pairs).total() / total if total else 1.0,
     }
 
 
-def _arguments(calls: Sequence[Call]) -> Counter[tuple[str, str]]:
-    """Name and value of each argument."""
-    return Counter((name, _canonical(value)) for _, arguments in calls for name, value in arguments.items())
+def _pairs(arguments: Sequence[dict[str, Any]]) -> Counter[tuple[str, str]]:
+    """Name and value of each argument of all calls."""
+    return Counter((name, _canonical(value)) for each in arguments for name, value in each.items())
 
 
 def parse(text: str) -> list[Any]:
@@ -208,15 +203,19 @@ def parse(text: str) -> list[Any]:
     return [piece for piece in (*pieces, text[end:].strip()) if piece != ""]
 
 
-def calls(pieces: Sequence[Any]) -> list[Call]:
-    """The calls among the JSON values of a text, one by one or in lists."""
-    values = [value for piece in pieces for value in (piece if isinstance(piece, list) else [piece])]
-    return [_call(value) for value in values if isinstance(value, dict)]
-
-
-def _call(value: dict[str, Any]) -> Call:
-    name, arguments = value.get("name"), value.get("arguments", value.get("parameters"))  # Llama 3's word
-    return (name, arguments) if isinstance(name, str) and isinstance(arguments, dict) else ("", value)
+def calls(pieces: Sequence[Any]) -> tuple[list[str], list[dict[str, Any]]]:
+    """The functions that a text calls, one by one or in lists, and the arguments of each; of an object that
+    calls none an empty name, and the object itself."""
+    names, arguments = list[str](), list[dict[str, Any]]()
+    for value in (value for piece in pieces for value in (piece if isinstance(piece, list) else [piece])):
+        if isinstance(value, dict):
+            name = value.get("name")
+            content = value.get("arguments", value.get("parameters"))  # Llama 3's word
+            if not (isinstance(name, str) and isinstance(content, dict)):
+                name, content = "", value
+            names.append(name)
+            arguments.append(content)
+    return names, arguments
 
 
 def _canonical(value: Any) -> str:

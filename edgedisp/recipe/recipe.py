@@ -16,20 +16,12 @@ from ruamel.yaml import YAML
 
 from edgedisp.core.errors import BadInput
 from edgedisp.core.files import digest
+from edgedisp.core.results import ANSWERS_TASK
 from edgedisp.recipe import values
 from edgedisp.recipe.arms import PLAIN_ARMS, Arm, ArmRun
 from edgedisp.recipe.data_schema import Data
 from edgedisp.recipe.schema import Evaluate, Latency, Model, Quantize, Train, Verify
-from edgedisp.recipe.values import (
-    HELDOUT_ANSWERS,
-    HELDOUT_TASKS,
-    WHOLE,
-    Key,
-    Section,
-    Unique,
-    accepts,
-    unique,
-)
+from edgedisp.recipe.values import HELDOUT_TASKS, WHOLE, Key, Section, Unique, accepts, unique
 
 Problems = Iterator[tuple[Key, str]]
 
@@ -136,7 +128,7 @@ class Recipe(Section):
     def heldout_tasks(self) -> tuple[str, ...]:
         """The tasks that can be made from the data that are held out."""
         texts = () if all(source.is_chat for source in self.data.train) else HELDOUT_TASKS
-        return (HELDOUT_ANSWERS, *texts) if self.data.has_chat else texts
+        return (ANSWERS_TASK, *texts) if self.data.has_chat else texts
 
     @property
     def arm_runs(self) -> tuple[ArmRun, ...]:
@@ -237,10 +229,10 @@ def _limit(section: dict[str, Any], most: dict[str, Any]) -> None:
 
 def _data(recipe: Recipe) -> Problems:
     """Tasks that the data cannot give, and answers where there are none."""
-    possible = {*recipe.heldout_tasks} | ({HELDOUT_ANSWERS} if recipe.evaluate.answers else set())
+    possible = {*recipe.heldout_tasks} | ({ANSWERS_TASK} if recipe.evaluate.answers else set())
     for task in recipe.evaluate.tasks:
-        if task in (HELDOUT_ANSWERS, *HELDOUT_TASKS) and task not in possible:
-            kind = "conversations (data.train.messages)" if task == HELDOUT_ANSWERS else "a source of text"
+        if task in (ANSWERS_TASK, *HELDOUT_TASKS) and task not in possible:
+            kind = "conversations (data.train.messages)" if task == ANSWERS_TASK else "a source of text"
             yield ("evaluate", "tasks"), f"{task} needs {kind}; the data give {', '.join(possible)}"
     has_answers = recipe.data.has_chat and recipe.data.loss != "all"
     for index, run in enumerate(recipe.arm_runs[: len(recipe.arms)]):

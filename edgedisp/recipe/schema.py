@@ -14,6 +14,7 @@ from typing import Annotated, ClassVar, Literal
 from annotated_types import Ge, Gt, Le, MinLen
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from edgedisp.core.results import ANSWERS_TASK
 from edgedisp.recipe import values
 from edgedisp.recipe.values import (
     BITS,
@@ -294,7 +295,7 @@ class Evaluate(Section):
     @property
     def measures_base(self) -> bool:
         """Whether the untouched base is measured at every precision."""
-        return "heldout_answers" in self.tasks if self.base is None else self.base
+        return ANSWERS_TASK in self.tasks if self.base is None else self.base
 
 
 class Latency(Section):

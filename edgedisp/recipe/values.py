@@ -25,11 +25,10 @@ from pydantic import (
 )
 
 from edgedisp.core.files import data_folder
+from edgedisp.core.results import ANSWERS_TASK
 
 HELDOUT_TASKS = ("heldout_perplexity", "heldout_cloze", "heldout_continuation")
-"""Tasks made from the held-out text."""
-HELDOUT_ANSWERS = "heldout_answers"
-"""The task made from conversations. Every other task name belongs to lm-evaluation-harness."""
+"""Tasks made from the held-out text. Every other name but `ANSWERS_TASK` belongs to lm-evaluation-harness."""
 TASK_SETS = ("heldout", "paper", "small")
 BITS = {"int8": 8, "int4": 4}
 """Bits of a weight in the quantized bundles, by precision."""
@@ -151,7 +150,7 @@ def _arm_name(value: str) -> str:
 
 def _task(value: str) -> str:
     # A misspelt task of ours would be looked for in lm-evaluation-harness, after training.
-    names = (*HELDOUT_TASKS, HELDOUT_ANSWERS, *TASK_SETS)
+    names = (*HELDOUT_TASKS, ANSWERS_TASK, *TASK_SETS)
     is_ours = value.startswith("heldout") or difflib.get_close_matches(value, names, n=1, cutoff=0.8)
     return choice(value, names, "or any lm-evaluation-harness task") if is_ours else value
 
