@@ -168,7 +168,7 @@ def suggest(result: Survey) -> dict[str, Any]:
         "longer": f"{(lengths > context).sum()} of {len(lengths):,}",
         "epochs": epochs,
         "steps": round(epochs * steps),
-        "lr": f"{1.2 / getattr(sizes, 'hidden_size', 576):.0e}".replace("e-0", "e-"),
+        "lr": f"{min(2e-3, 1.2 / getattr(sizes, 'hidden_size', 576)):.0e}".replace("e-0", "e-"),
         "batch": max(1, round(ROWS_PER_STEP * lengths.clip(max=context).mean() / context)),
         "answer_tokens": min(512, 32 * math.ceil(1.25 * learned.max() / 32)),
     }

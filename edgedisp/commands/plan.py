@@ -262,7 +262,8 @@ def disk_bytes(parameters: int, recipe: Recipe, sizes: dict[str, Any]) -> int:
 def render(plan: dict[str, Any], width: int = 100) -> str:
     """The plan for a terminal of `width` columns."""
     head = [f"{plan['recipe']} -> {plan['run']}"]
-    head += [f"{plan['steps']} optimizer steps an arm, {plan['tokens']:,} tokens, {plan['threads']} threads"]
+    length = f"{plan['steps']} optimizer steps an arm, {plan['tokens']:,} tokens"
+    head += [f"{length if plan['steps'] else 'steps follow from the rows'}, {plan['threads']} threads"]
     head += [f"warning: {plan['warning']}"] if plan["warning"] else []
     head += plan["text"]
     rows = []

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from annotated_types import Ge, Le, MinLen
+from annotated_types import Ge, Gt, Le, MinLen
 from pydantic import model_validator
 
 from edgedisp.recipe import values
-from edgedisp.recipe.values import WHOLE, Flag, Section, Text
+from edgedisp.recipe.values import NUMBER, WHOLE, Flag, Section, Text
 
 
 class Source(Section):
@@ -26,7 +26,7 @@ class Source(Section):
     """the field with the answer to prompt"""
     tools: Text | None = None
     """the field with the functions that a conversation may call; null: tools, where a row has it"""
-    weight: values.Positive = 1.0
+    weight: Annotated[float, Gt(0), Le(1000), NUMBER] = 1.0
     """how often an epoch reads its rows; of a fraction, rows are drawn anew in every epoch"""
     sha256: values.Sha256 | None = None
     """what the file must hash to (single files only)"""

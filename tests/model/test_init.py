@@ -46,6 +46,8 @@ def test_the_recipe_fits_the_rows_and_what_is_said_names_each_fault(
     with pytest.raises(BadInput, match=re.escape(lines["fault"])):
         read_documents(path, source)
     write(path, rows[:6] + rows[7:])
+    planned = edgedisp("plan", out, "--no-probe")
+    assert planned.code == 0 and "238 documents" in planned.out
     longest = max(len(parts[0].ids) for parts, _ in models.examples(tokenizer, read_documents(path, source)))
     assert f"{longest} at most" in lines["tokens"]
     assert longest <= recipe.data.context < max(257, longest + 64)
