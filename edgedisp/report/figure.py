@@ -29,7 +29,7 @@ from edgedisp.report.layout import FOLDER
 # Grey-blue and orange stay apart for every common kind of colour blindness; lightness differs as well.
 INK, MUTED = "#1f2933", "#66727f"
 HEAT = LinearSegmentedColormap.from_list("heat", ["#3f7fb500", "#3f7fb5ff"])
-ARM_COLORS = {BASE: "#a39e96", BASELINE: "#5f7f9f", DISPERSED: "#d9771f"}
+ARM_COLORS = {BASE: "#8d877e", BASELINE: "#5f7f9f", DISPERSED: "#d9771f"}
 OTHER_COLORS = ("#2f8f83", "#8a63a8", "#b04a5a", "#7d7a2f", "#3f6fc4", "#7a5640")
 MARKERS = "os^Dvp"
 PANEL_INCHES = (4.6, 3.1)

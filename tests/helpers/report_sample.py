@@ -222,7 +222,7 @@ def chat_sample(dispersed: tuple[float, ...] = (0.72, 0.71, 0.647)) -> Run:
     shares = {"base": (0.02, 0.02, 0.0), "baseline": (0.71, 0.707, 0.64), "dispersed": dispersed}
 
     def measured(share: float) -> Measurement:
-        exact = Score("exact", around(share, 0.05, n=300), True, True)
+        exact = Score("exact", Estimate(share, max(0.0, share - 0.05), share + 0.05, n=300), True, True)
         return Measurement({ANSWERS_TASK: TaskScore(ANSWERS_TASK, {"exact": exact})})
 
     def compared(first: str, second: str) -> dict[str, dict[str, TaskDifference]]:
