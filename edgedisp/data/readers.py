@@ -132,12 +132,11 @@ def hub_rows(name: str, source: Source) -> Iterator[Row]:
         raise BadInput(f"{name}: the hub's data set cannot be read: {one_line(problem)}") from problem
     number = 0
     for batch in table.iter(batch_size=1024):  # many times faster than row by row
-        size = len(next(iter(batch.values()), []))
-        names = [name for name in (*source.fields, source.tools or "tools") if name in batch]
-        for index in range(size):
-            # Without the field all of them, for the message.
-            record = {name: batch[name][index] for name in names} if names else dict.fromkeys(batch)
-            yield Row(f"{name} row {number}", str(number), record)
+        wanted = {*source.fields, source.tools or "tools"}
+        is_there = {*source.fields} <= {*batch}  # else all of them, for the message
+        columns = [column for column in batch if column in wanted or not is_there]
+        for values in zip(*(batch[column] for column in columns)):
+            yield Row(f"{name} row {number}", str(number), dict(zip(columns, values)))
             number += 1
 
 
@@ -247,7 +246,8 @@ def _parquet(path: Path, source: Source) -> Parsed:
         with pyarrow.parquet.ParquetFile(path) as table:
             names = table.schema_arrow.names  # without the field all of them, for the message
             wanted = {*source.fields, source.tools or "tools", "id"}
-            columns = [name for name in names if name in wanted or not wanted & {*names} - {"id", "tools"}]
+            is_there = {*source.fields} <= {*names}  # else all of them, for the message
+            columns = [name for name in names if name in wanted or not is_there]
             batches = table.iter_batches(batch_size=1024, columns=columns)
             records = (record for batch in batches for record in batch.to_pylist())
             yield from ((f" record {number + 1}", number, record) for number, record in enumerate(records))
