@@ -37,7 +37,7 @@ UNSEEN = "# architecture: the model_type of the base's config.json, which --smok
 LOOKED_AT, MEASURED, SHOWN = 100, 2000, 5  # rows: for their form, for lengths (evenly chosen), with faults
 LONGEST = 4096  # tokens of a suggested context
 LETTERS = 3  # of a token, where there is no tokenizer: rather too long a context than too short
-ROWS_PER_STEP, STEPS = 16, 250  # of a small set; a large one is read once
+ROWS_PER_STEP, STEPS = 8, 400  # of a small set; a large one is read once
 
 
 class Survey(NamedTuple):
@@ -110,7 +110,7 @@ def _measured(result: Survey, base: str, progress: Progress) -> Survey:
         guesses = [(len(row.text) // LETTERS, len(str(row.messages[-1])) // LETTERS) for row in rows]
         return result._replace(notes=notes, lengths=guesses)
     tokenizer = load_tokenizer(path)
-    notes = chat_format(tokenizer).notes() or ["it shows tools, calls and all roles itself"]
+    notes = chat_format(tokenizer).notes(rows) or ["it shows all that the rows hold"]
     progress(0, 0, f"rendering {len(rows):,} rows by the base's template")
     rendered = examples(tokenizer, rows)
     if escaped := sum(count for _, count in rendered):
@@ -168,7 +168,7 @@ def suggest(result: Survey) -> dict[str, Any]:
         "longer": f"{(lengths > context).sum()} of {len(lengths):,}",
         "epochs": epochs,
         "steps": round(epochs * steps),
-        "lr": f"{min(2e-3, 1.2 / getattr(sizes, 'hidden_size', 576)):.0e}".replace("e-0", "e-"),
+        "lr": f"{min(1e-3, 0.6 / getattr(sizes, 'hidden_size', 576)):.0e}".replace("e-0", "e-"),
         "batch": max(1, round(ROWS_PER_STEP * lengths.clip(max=context).mean() / context)),
         "answer_tokens": min(512, 32 * math.ceil(1.25 * learned.max() / 32)),
     }

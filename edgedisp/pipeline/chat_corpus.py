@@ -25,6 +25,7 @@ from edgedisp.report.formatting import percent, plural
 
 MARKS, CHAT, QUESTIONS = "marks.npy", "chat.json", "questions.txt"
 BATCH = 256  # conversations rendered together
+LEAST_HELDOUT = 64  # tokens on which bundles are compared with their model
 
 
 @dataclass(frozen=True)
@@ -140,14 +141,16 @@ def block_count(options: CorpusOptions, epoch_tokens: Callable[[], float]) -> in
 
 
 def _heldout_blocks(rows: Rows, context: int) -> NDArray[np.uint32]:
-    """Held-out rows end to end in whole blocks, as held-out text stands; BadInput for less than one."""
+    """Held-out rows end to end in whole blocks, as held-out text stands; few rows make one shorter block.
+    BadInput for less than LEAST_HELDOUT tokens."""
     stream = np.concatenate([np.empty(0, np.uint32), *(ids for ids, _ in rows.rows)])
-    if len(stream) < context:
+    width = min(context, len(stream))
+    if width < min(context, LEAST_HELDOUT):
         raise BadInput(
-            f"the held-out conversations are too short for one block: {len(stream)} tokens found, {context} "
-            "needed (the context). Give more rows, a larger data.heldout or a shorter context."
+            f"the held-out conversations have {len(stream)} tokens, which tell nothing ({LEAST_HELDOUT} are "
+            "needed). Give more rows or a larger data.heldout."
         )
-    return stream[: len(stream) // context * context].reshape(-1, context)
+    return stream[: len(stream) // width * width].reshape(-1, width)
 
 
 def _record(rows: Rows, heldout: Rows, target_tokens: int) -> dict[str, Any]:

@@ -12,10 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from training import fit_tiny, open_tiny
 
-from edgedisp.data import epoch_order, pack_rows
+from edgedisp import models
+from edgedisp.core.errors import BadInput
+from edgedisp.core.progress import silent
+from edgedisp.data import Conversation, epoch_order, pack_rows
 from edgedisp.data.packing import PADDING, START, TARGET
 from edgedisp.dispersion.hooks import DispersionLoss
 from edgedisp.dispersion.losses import DispersionConfig
+from edgedisp.pipeline.chat_corpus import pack
+from edgedisp.pipeline.options import CorpusOptions
+from edgedisp.recipe import Data
 from edgedisp.train.chunked_cross_entropy import IGNORED, chunked_head
 from edgedisp.train.trainer import PackedDataset
 
@@ -98,3 +104,26 @@ def test_padding_and_other_tokens_than_answers_are_left_out_of_dispersion(
         )  # fmt: skip
         assert trained.log[0]["dispersion"] == pytest.approx(values[disperse_answers], rel=1e-5)
     assert values[False] != pytest.approx(values[True], rel=1e-3)
+
+
+def test_a_corpus_needs_no_whole_block_of_held_out_rows_and_counts_what_is_too_long(
+    tiny_folder: dict[str, Path], tmp_path: Path
+) -> None:
+    def chat(number: int, words: int, turns: int = 1) -> Conversation:
+        texts = {"user": f"{number} " + "light " * words, "assistant": f"on {number}"}
+        messages = [{"role": role, "content": content} for role, content in texts.items()]
+        return Conversation.of(str(number), messages * turns)
+
+    tokenizer = models.load_tokenizer(tiny_folder["llama"])
+    training = [*(chat(number, 4) for number in range(20)), chat(30, 900), chat(31, 60, turns=9)]
+    heldout = [chat(number, 3) for number in range(40, 46)]
+    source = {"source": "rows.jsonl", "messages": "messages"}
+    tokens = sum(len(parts[0].ids) for parts, _ in models.examples(tokenizer, heldout))
+    for rule, counts in (("drop", {"dropped": 2, "cut": 0}), ("cut", {"dropped": 1, "cut": 1})):
+        data = Data.model_validate({"train": [source], "context": 512, "too_long": rule})
+        options = CorpusOptions(data, seed=0, blocks=None, smoke=False, epochs=2)
+        packed = pack(tokenizer, (training, heldout), options, tmp_path, silent)
+        assert packed.chat is not None and packed.chat["too_long"] == counts
+        assert packed.heldout_blocks.shape == (1, tokens)
+    with pytest.raises(BadInput, match=r"held-out conversations have \d\d tokens, .*\(64 are needed\)"):
+        pack(tokenizer, (training, [chat(50, 0)]), options, tmp_path, silent)
