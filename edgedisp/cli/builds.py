@@ -74,8 +74,10 @@ def build(
     from edgedisp import report
 
     verdict, page = report.verdict(results), run / "report.html"
-    blocks = [report.table_text(report.table(results, all_arms=True), width()), report.search_text(results)]
-    answers = report.answers_text(results, width())
+    table, answers = report.table(results, all_arms=True), report.answers_text(results, width())
+    # The table of answers has all that a run without other tasks could show.
+    is_whole = bool(answers) and sum(metric.kind != "cost" for metric in table.metrics) == 1
+    blocks = ["" if is_whole else report.table_text(table, width()), report.search_text(results)]
     blocks += [report.summary_text(results), answers, f"report: {page}"]
     if answers:
         blocks.append(f"try it: {report.chat_command(results, run)}")

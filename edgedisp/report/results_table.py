@@ -184,9 +184,11 @@ def _grid(
 
 def answers_text(run: Run, width: int = 80) -> str:
     """Exact answers in percent of the base and every arm, a line for each bundle; empty without that task.
-    Size and speed are the main arm's: the others have the same graph."""
+    Difference, size and speed are the main arm's: the others have the same graph."""
     models = [name for name in (BASE, *run.arms) if name in run.measurements]
     shipped = run.main_arm or run.arms[-1]
+    by_precision = run.comparisons.get(shipped, {})
+    differences = {name: tasks[ANSWERS_TASK] for name, tasks in by_precision.items() if ANSWERS_TASK in tasks}
     rows = []
     for precision in (name for name in run.precisions if name in run.bundles.get(shipped, {})):
         scores = [run.measured(model, precision).scores.get(ANSWERS_TASK) for model in models]
@@ -194,10 +196,13 @@ def answers_text(run: Run, width: int = 80) -> str:
             return ""
         timing = run.latency.timing(f"{shipped}/{precision}") if run.latency else None
         speed = timing.decode_tokens_per_s if timing else None
-        exact = (format_estimate(score.main.estimate, 100) if score else MISSING for score in scores)
+        exact = [format_estimate(score.main.estimate, 100) if score else MISSING for score in scores]
+        if differences:
+            compared = differences.get(precision)
+            exact.append(format_estimate(compared.main.estimate, 100, signs=True) if compared else MISSING)
         size = megabytes(run.bundles[shipped][precision].size_bytes)
         rows.append((label(precision), *exact, size, significant(speed.value if speed else None, 3)))
-    head = ("exact answers, %", *models, "MB", "tokens/s")
+    head = ("exact answers, %", *models, *([difference(shipped)] if differences else []), "MB", "tokens/s")
     return grid_text(Grid(head, tuple(rows)), width) if rows else ""
 
 
