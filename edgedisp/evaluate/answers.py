@@ -103,7 +103,10 @@ def score(
         text = _decoded(tokenizer, answer, stop_ids)
         item = {"id": question.id, "document": question.document, **loss}
         item |= judge(question.notes["reference"], text)
-        items.append({**item, **question.notes, "answer": text, "asked": question.fingerprint()})
+        request = (
+            f"{question.fingerprint()} {suite.answer_tokens} {loss['tokens']}"  # pairs what was cut alike
+        )
+        items.append({**item, **question.notes, "answer": text, "asked": request})
     has_calls = any(calls(parse(question.notes["reference"]))[0] for question in questions)
     metrics = [EXACT, *(CALLS if has_calls else ()), LOSS]
     return task_result(TaskScore(ANSWERS_TASK, {}), items, metrics, resampling)
