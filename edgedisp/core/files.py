@@ -73,9 +73,9 @@ class AppExample:
     """The part `example` of app.json, as far as it is read."""
 
     messages: list[dict[str, Any]]
-    tools: list[dict[str, Any]] | None
     prompt: str
     prompt_ids: list[int]
+    tools: list[dict[str, Any]] | None = None
 
 
 _IDS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), int | list[int] | None)

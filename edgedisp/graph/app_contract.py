@@ -44,11 +44,11 @@ def write_app(folder: Path, chat: Mapping[str, Any], context: int | None = None)
 def _conversations(tokenizer: Any, chat: Mapping[str, Any]) -> dict[str, Any]:
     """What depends on the template."""
     format, system, tools = models.chat_format(tokenizer), chat.get("system"), chat.get("tools")
+    messages = [{"role": "system", "content": system}, *GREETING] if system else GREETING
+    greeting = format.messages(messages, tools)
     if tools and format.tools == "system":
-        messages = [{"role": "system", "content": system}] if system else []
-        shown = replace(format, system="template").messages([*messages, *GREETING], tools)
-        system, tools = shown[0]["content"], None
-    example = chat.get("example") or _greeting(tokenizer, format.messages(GREETING), tools)
+        system, tools = replace(format, system="template").messages(messages, tools)[0]["content"], None
+    example = chat.get("example") or _greeting(tokenizer, greeting, tools)
     return {
         "system": system,
         "system_role": "system" if format.system == "template" else "user",
