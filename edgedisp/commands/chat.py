@@ -194,10 +194,11 @@ class Conversation:
 def tool_calls(text: str) -> list[dict[str, Any]]:
     """The calls {name, arguments} of an answer that consists of them; none where it holds anything else."""
     pieces = answers.parse(TAGS.sub("", text))
-    calls = answers.calls(pieces)
+    names, arguments = answers.calls(pieces)
     values = sum(len(piece) if isinstance(piece, list) else 1 for piece in pieces)
-    is_whole = len(calls) == values and all(name for name, _ in calls)
-    return [{"name": name, "arguments": arguments} for name, arguments in calls] if is_whole else []
+    if len(names) < values or not all(names):
+        return []
+    return [{"name": name, "arguments": named} for name, named in zip(names, arguments)]
 
 
 def call_text(call: dict[str, Any]) -> str:
