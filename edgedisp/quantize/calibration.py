@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -38,10 +37,13 @@ RIDGE = 0.1  # of the correction: a share of H's mean diagonal
 # A tied head is the embedding too. Each row's own error is added with this weight (a share of the mean
 # squared activation): the head's error alone would make the rows coarser than rounding to nearest does.
 TIED = 1.0
-PASS = 1024  # tokens that go through a layer at a time: small products waste a processor, large ones memory
 
 Grids = Grid | Mapping[str, Grid]
 """One grid for all, or by parameter name."""
+Inputs = dict[nn.Module, Tensor]
+"""What modules read, fp32 [tokens, in]."""
+Waves = dict[nn.Module, tuple[list[Any], nn.Module | None]]
+"""The first of the maps that read one tensor -> as of `LayerCall.waves`."""
 
 
 @torch.no_grad()
@@ -56,8 +58,16 @@ def gptq_model(
     blocks = calibrate(model, tokens, grids, progress=progress)
     if head is not None:
         output, text = model.get_output_embeddings(), _text(model, tokens)
-        run = lambda block: model(input_ids=block[None], use_cache=False)  # noqa: E731
-        second = _moments(_inputs(partial(run, block), [output]) for block in text)["second"]
+        columns = output.weight.shape[1]
+        second = torch.zeros(columns, columns, device=output.weight.device)
+
+        def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = _flat(args[0])
+            second.addmm_(x.T, x, alpha=1 / text.numel())
+            raise _Stop
+
+        for block in text:
+            _with_hooks([output], read, partial(model, input_ids=block[None], use_cache=False))
         if output.weight is model.get_input_embeddings().weight:
             second += TIED * second.diagonal().mean() * torch.eye(len(second), device=second.device)
         name = next(name for name, parameter in model.named_parameters() if parameter is output.weight)
@@ -105,32 +115,30 @@ def calibrate(
     model.eval()
     blocks: dict[str, Blocks] = {}
     names = {module: f"{name}.weight" for name, module in model.named_modules()}
-    calls, states = layer_calls(model, decoder_layers(model), _text(model, tokens))
-    states = list(torch.cat(states).split(max(1, PASS // tokens.shape[1])))
-    plain = states  # of the unrounded model
+    calls, each = layer_calls(model, decoder_layers(model), _text(model, tokens))
+    states = plain = torch.cat(each)  # plain: of the unrounded model
+
+    def round_maps(waves: Waves, unrounded: Inputs, first: nn.Module, inputs: Inputs) -> None:
+        """Round the maps that read what `first` is about to read."""
+        modules, stream = waves.get(first, ((), None))
+        if not modules:  # it only reads the residual stream
+            return
+        readers = [first] if stream is None else [first, stream]
+        moments = _moments(*([of[reader] for reader in readers] for of in (inputs, unrounded)))
+        weights = {names[module]: read_weight(module) for module in modules}
+        rounded = _round(_corrected(weights, moments), moments["second"], grids)
+        for module, (name, (part, latent)) in zip(modules, rounded.items()):
+            write_weight(module, dequantize(part, _grid(grids, name)))
+            blocks[name] = part
+            if latents is not None:
+                latents[name] = latent
+
     for index, call in enumerate(calls):
         progress(index, len(calls), "rounding layer by layer")
-        waves = [
-            (modules, [modules[0]] if stream is None else [modules[0], stream])
-            for modules, stream in call.waves(states[0])
-        ]
-        every = list(dict.fromkeys(reader for _, readers in waves for reader in readers))
-        unrounded = [call.trace(state, every) for state in plain]
-        outputs: list[dict[nn.Module, Any]] = [{} for _ in states]
-        for modules, readers in waves:
-            weights = {names[module]: read_weight(module) for module in modules}
-            moments = _moments(
-                (_inputs(partial(call.resume, *block), readers) for block in zip(states, outputs)),
-                ([inputs[reader] for reader in readers] for inputs, _ in unrounded),
-            )
-            rounded = _round(_corrected(weights, moments), moments["second"], grids)
-            for module, (name, (part, latent)) in zip(modules, rounded.items()):
-                write_weight(module, dequantize(part, _grid(grids, name)))
-                blocks[name] = part
-                if latents is not None:
-                    latents[name] = latent
-        plain = [state for _, state in unrounded]
-        states = [call.resume(*block) for block in zip(states, outputs)]
+        waves = {modules[0]: (modules, stream) for modules, stream in call.waves(states[:1])}
+        readers = {*waves, *(stream for _, stream in waves.values() if stream is not None)}
+        unrounded, plain = call.trace(plain, readers)
+        _, states = call.trace(states, readers, partial(round_maps, waves, unrounded))
     progress(len(calls), len(calls), "rounding layer by layer")
     return blocks
 
@@ -164,19 +172,12 @@ def write_weight(module: Any, values: Tensor) -> None:
     module.weight.copy_(values.T if isinstance(module, Conv1D) else values)
 
 
-def _moments(rounded: Iterable[list[Tensor]], unrounded: Iterable[list[Tensor]] = ()) -> dict[str, Tensor]:
-    """second: H = E[x x^T] for inputs x [tokens, in] of the rounded model, block by block. With the unrounded
-    model's also drift: E[(x0 - x) x^T]. With residual streams r as second inputs also residual:
-    E[(r0 - r) x^T]."""
-    sums: dict[str, Tensor] = {}
-    tokens = 0
-    for inputs, plain in zip_longest(rounded, unrounded, fillvalue=list[Tensor]()):
-        x = inputs[0]
-        tokens += len(x)
-        factors = [x, *(x0 - x1 for x0, x1 in zip(plain, inputs))]
-        for name, factor in zip(("second", "drift", "residual"), factors):
-            sums[name] = sums[name].addmm_(factor.T, x) if name in sums else factor.T @ x
-    return {name: total / tokens for name, total in sums.items()}
+def _moments(inputs: Sequence[Tensor], unrounded: Sequence[Tensor]) -> dict[str, Tensor]:
+    """second: H = E[x x^T] for inputs x [tokens, in]; drift: E[(x0 - x) x^T], x0 of the unrounded model. With
+    residual streams r as second inputs also residual: E[(r0 - r) x^T]."""
+    x = inputs[0]
+    factors = [x, *(x0 - x1 for x0, x1 in zip(unrounded, inputs))]
+    return {name: factor.T @ x / len(x) for name, factor in zip(("second", "drift", "residual"), factors)}
 
 
 def _corrected(weights: dict[str, Tensor], moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -185,9 +186,9 @@ def _corrected(weights: dict[str, Tensor], moments: Mapping[str, Tensor]) -> dic
     missing = joined @ moments["drift"]
     if "residual" in moments:
         missing += moments["residual"]
-    metric = moments["second"].double()
+    metric = moments["second"].clone()
     metric.diagonal().add_(RIDGE * metric.diagonal().mean().clamp(min=1e-12))
-    change = torch.cholesky_solve(missing.T.double(), torch.linalg.cholesky(metric)).T.float()
+    change = torch.cholesky_solve(missing.T, torch.linalg.cholesky(metric)).T
     parts = joined.add_(change, alpha=CORRECTION).split([len(weight) for weight in weights.values()])
     return dict(zip(weights, parts))
 
@@ -207,18 +208,9 @@ def _with_hooks(modules: Iterable[nn.Module], hook: Callable[..., None], run: Ca
         run()
 
 
-def _inputs(run: Callable[[], Any], modules: Sequence[nn.Module], *, to_end: bool = False) -> list[Tensor]:
-    """What each of `modules` reads, fp32 [tokens, in], in a pass that ends before the first of them, or at
-    its end."""
-    inputs: dict[nn.Module, Tensor] = {}
-
-    def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs[module] = args[0].reshape(-1, args[0].shape[-1]).float()
-        if module is modules[0] and not to_end:
-            raise _Stop
-
-    _with_hooks(modules, read, run)
-    return [inputs[module] for module in modules]
+def _flat(states: Tensor) -> Tensor:
+    """[tokens, features], fp32."""
+    return states.reshape(-1, states.shape[-1]).float()
 
 
 @dataclass(frozen=True)
@@ -235,34 +227,24 @@ class LayerCall:
         states: Tensor = output[0] if isinstance(output, tuple) else output
         return states
 
-    def trace(self, state: Tensor, readers: Sequence[nn.Module]) -> tuple[dict[nn.Module, Tensor], Tensor]:
-        """What each of `readers` reads, and the layer's output."""
-        states: list[Tensor] = []
-        inputs = _inputs(lambda: states.append(self(state)), readers, to_end=True)
-        return dict(zip(readers, inputs)), states[0]
+    def trace(
+        self,
+        states: Tensor,
+        readers: Iterable[nn.Module],
+        at: Callable[[nn.Module, Inputs], None] | None = None,
+    ) -> tuple[Inputs, Tensor]:
+        """What each of `readers` reads, and the layer's output. at: is called before each of them computes,
+        with it and what was read so far."""
+        inputs: Inputs = {}
 
-    def resume(self, state: Tensor, outputs: dict[nn.Module, Any]) -> Tensor:
-        """The layer's output. What a module with linear maps gave to an earlier pass is in `outputs`: when a
-        pass ends before a map, all earlier ones are rounded, and their outputs stay what they are."""
-        modules = [
-            module
-            for module in self.layer.modules()
-            if module is not self.layer and any(isinstance(part, LINEAR) for part in module.modules())
-        ]
-        forwards = {module: module.forward for module in modules}
+        def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            inputs[module] = _flat(args[0])
+            if at is not None:
+                at(module, inputs)
 
-        def once(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if module not in outputs:
-                outputs[module] = forwards[module](*args, **kwargs)
-            return outputs[module]
-
-        try:
-            for module in modules:
-                module.forward = partial(once, module)
-            return self(state)
-        finally:
-            for module in modules:
-                del module.forward
+        outputs: list[Tensor] = []
+        _with_hooks(readers, read, lambda: outputs.append(self(states)))
+        return inputs, outputs[0]
 
     def waves(self, state: Tensor) -> list[tuple[list[Any], nn.Module | None]]:
         """The linear maps in the order of computation, those that read the same tensor together; with the

@@ -40,47 +40,43 @@ def gptq(weight: Tensor, grid: Grid, hessian: Tensor) -> tuple[Blocks, Tensor]:
     unit = torch.eye(columns, dtype=lower.dtype, device=lower.device)
     # H^-1 = factor^T factor: read from the last column to the first, H = lower lower^T
     factor = torch.linalg.solve_triangular(lower, unit, upper=False).flip(0, 1).float()
-    parts, latent = [], torch.empty_like(weight)
+    parts, latent, back = [], torch.empty_like(weight), torch.argsort(order)
     for rows, out in zip(weight.split(ROWS), latent.split(ROWS)):  # rows are independent
         start = Choice(grid, "k_quant").blocks(rows, diagonal.clone())
-        q, steps = _round_columns(rows[:, order], start, order, factor, grid)
+        q, steps = _round_columns(rows.T.contiguous()[order], start, order, factor, grid)
         integers = start.q.reshape(len(rows), -1).clone()
-        integers[:, order] = q
+        integers[:, :columns] = q[back].T
         blocks = Blocks(integers.reshape(start.q.shape), start.scales, start.zero_points, columns)
         parts.append(refit(blocks, rows, grid, hessian))
-        out[:, order] = steps
-        out.mul_(parts[-1].scales.repeat_interleave(grid.group, dim=1)[:, :columns])
+        out.copy_(steps[back].T).mul_(parts[-1].scales.repeat_interleave(grid.group, dim=1)[:, :columns])
     return concatenate(parts), latent
 
 
 def _round_columns(
-    weight: Tensor, start: Blocks, order: Tensor, factor: Tensor, grid: Grid
+    columns: Tensor, start: Blocks, order: Tensor, factor: Tensor, grid: Grid
 ) -> tuple[Tensor, Tensor]:
-    """The reordered weight's integers uint8 [out, in], and the values they were rounded from, in steps from
-    the zero point."""
+    """The integers uint8 [in, out] of the weight's columns in their order, which are changed, and the values
+    they were rounded from, in steps from the zero point."""
+    scales = start.scales.T.contiguous()  # [groups, out]
+    steps, zeros = inverse(scales), grid.zeros(start.zero_points)
+    centers = zeros[..., 0].T.contiguous() if isinstance(zeros, Tensor) else torch.full_like(scales, zeros)
     group = order // grid.group
-    scales = start.scales[:, group].T.contiguous()
-    steps = inverse(scales)
-    zeros = grid.zeros(start.zero_points)  # [out, groups, 1] or one number
-    centers = (
-        zeros[:, group, 0].T.contiguous() if isinstance(zeros, Tensor) else torch.full_like(scales, zeros)
-    )
-    columns = weight.T.clone(memory_format=torch.contiguous_format)  # [in, out]: a column is then contiguous
-    q, errors = torch.empty_like(columns), torch.empty_like(columns)
-    pivots = factor.diagonal().tolist()
+    q, positions = torch.empty_like(columns), torch.empty_like(columns)
+    errors = torch.empty_like(columns[:BLOCK])
+    pivots = zip(group.tolist(), factor.diagonal().tolist())
     for first in range(0, len(order), BLOCK):
         last = min(first + BLOCK, len(order))
-        for index in range(first, last):
-            values, center, error = columns[index], centers[index], errors[index]
-            integers = torch.mul(values, steps[index], out=q[index])
-            integers.add_(center).round_().clamp_(0, grid.highest)
-            torch.sub(integers, center, out=error).mul_(scales[index])
-            torch.sub(values, error, out=error).div_(pivots[index])
-            columns[index + 1 : last].addr_(factor[index, index + 1 : last], error, alpha=-1.0)
-        columns[last:].addmm_(factor[first:last, last:].T, errors[first:last], alpha=-1.0)
-    before = columns.mul_(steps).add_(centers)
-    before = torch.clamp(before, q - EDGE, q + EDGE) - centers
-    return q.to(torch.uint8).T, before.T
+        for index, (g, pivot) in zip(range(first, last), pivots):
+            values, error = columns[index], errors[index - first]
+            torch.mul(values, steps[g], out=positions[index]).add_(centers[g])
+            torch.round(positions[index], out=q[index]).clamp_(0, grid.highest)
+            torch.sub(q[index], centers[g], out=error).mul_(scales[g])
+            torch.sub(values, error, out=error).div_(pivot)
+            rest = factor[index : index + 1, index + 1 : last].T
+            columns[index + 1 : last].addmm_(rest, error[None], alpha=-1.0)
+        columns[last:].addmm_(factor[first:last, last:].T, errors[: last - first], alpha=-1.0)
+    positions = torch.clamp(positions, q - EDGE, q + EDGE).sub_(centers[group])
+    return q.to(torch.uint8), positions
 
 
 def refit(blocks: Blocks, weight: Tensor, grid: Grid, hessian: Tensor) -> Blocks:

@@ -26,7 +26,7 @@ from torch.nn import functional
 
 LARGEST = float(torch.finfo(torch.float16).max)
 K_STARTS = 20  # starting scales that k_quant tries
-ROUNDED_VALUES = 1 << 17  # values rounded at a time: half a MB, so that a method works in the cache
+ROUNDED_VALUES = 1 << 18  # values rounded at a time: a MB, so that a method works in the cache
 
 
 @dataclass(frozen=True)
