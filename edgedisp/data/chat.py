@@ -51,8 +51,9 @@ class Conversation(Document):
 
     @property
     def answers(self) -> list[int]:
-        """Which of the messages are the assistant's."""
-        return [index for index, message in enumerate(self.messages) if message["role"] == "assistant"]
+        """Which of the messages are the assistant's, to be learned."""
+        roles = [(message["role"], message.get("weight")) for message in self.messages]
+        return [index for index, role in enumerate(roles) if role == ("assistant", None)]
 
     @property
     def question(self) -> str:
@@ -154,10 +155,11 @@ def _message(turn: Any, number: int, wrong: Callable[[str], NoReturn]) -> Messag
         wrong(f"message {number}: content must be text, found {_kind(content)}.")
     message: Message = {"role": role, "content": content or ""}
     if calls:
-        if role != "assistant" or not isinstance(calls, list):
-            wrong(f"message {number} ({role}): tool_calls are a list in an assistant's message.")
-        message["tool_calls"] = [_call(call, number, wrong) for call in calls]
-    return message | {key: str(turn[key]) for key in ("tool_call_id", "name") if key in turn}
+        if role != "assistant":
+            wrong(f"message {number} ({role}): tool_calls belong to an assistant's message.")
+        message["tool_calls"] = [_call(call, number, wrong) for call in _listed(calls, "tool_calls", wrong)]
+    not_learned = {"weight": 0} if role == "assistant" and turn.get("weight") == 0 else {}  # as OpenAI has it
+    return message | not_learned | {key: str(turn[key]) for key in ("tool_call_id", "name") if key in turn}
 
 
 def _call(call: Any, number: int, wrong: Callable[[str], NoReturn]) -> dict[str, Any]:
@@ -190,7 +192,7 @@ def _tools(value: Any, wrong: Callable[[str], NoReturn]) -> Tools:
 
 
 def _check_order(messages: list[Message], wrong: Callable[[str], NoReturn]) -> None:
-    roles = [message["role"] for message in messages]
+    roles = ["context" if "weight" in message else message["role"] for message in messages]
     if "assistant" not in roles:
         wrong("no message of the assistant, so there is no answer to learn.")
     if "user" not in roles[: roles.index("assistant")]:

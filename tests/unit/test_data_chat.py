@@ -33,6 +33,7 @@ def test_all_forms_of_a_conversation_become_the_same(tmp_path: Path) -> None:
         {"m": [asks, {"role": "assistant", "content": None, "tool_calls": [spread]}], "tools": [TOOL]},
         {"m": [shared, {"from": "function_call", "value": json.dumps(flat)}], "tools": [TOOL]},
         {"m": [ASKED[0], {"role": "assistant", "content": None, "function_call": flat}], "tools": [TOOL]},
+        {"m": [ASKED[0], {"role": "assistant", "tool_calls": json.dumps([flat])}], "tools": [TOOL]},
     ]
     for number, document in enumerate(read(tmp_path / "a.jsonl", rows, messages="m"), start=1):
         assert [*document.messages] == ASKED and document.tools == [TOOL]
@@ -103,3 +104,13 @@ def test_a_result_is_json_text_and_rows_with_a_blank_answer_are_dropped(tmp_path
     documents = read(tmp_path / "a.jsonl", rows, messages="m")
     assert documents[0].messages[1] == {"role": "tool", "content": '{"on": [1, {"level": 2}]}'}
     assert len(documents) == 2 and documents.counts()["dropped"] == {"blank": 1}
+    turns = [
+        USER,
+        {"role": "assistant", "content": "no", "weight": 0},
+        USER,
+        {**documents[1].messages[1], "weight": 1},
+    ]
+    (weighted,) = read(tmp_path / "b.jsonl", [{"m": turns}], messages="m")
+    assert weighted.answers == [3], "OpenAI's weight 0: read, but not learned"
+    with pytest.raises(BadInput, match="no message of the assistant"):
+        read(tmp_path / "b.jsonl", [{"m": turns[:2]}], messages="m")
