@@ -50,8 +50,10 @@ def greedy_batch(
     answers: list[list[int]] = [[] for _ in prompts]
     progress = labelled(progress, "answers")
     while order:
-        longest = len(prompts[order[0]]) + max(limits[index] for index in order)
-        size = max(1, min(BATCH, CACHE_BYTES // (token_bytes * longest)))
+        longest, most = len(prompts[order[0]]), max(limits[index] for index in order)
+        # A prompt that is much shorter would be answered long before the longest is read.
+        near = sum(longest - len(prompts[index]) <= most for index in order)
+        size = max(1, min(BATCH, near, CACHE_BYTES // (token_bytes * (longest + most))))
         batch, order = order[:size], order[size:]
         texts = [[*prompts[index]] for index in batch]
         sizes = [len(text) + limits[index] for text, index in zip(texts, batch)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,8 +31,9 @@ from edgedisp.core.results import Divergence
 
 FORMAT = 3  # of cached scores; raised when they are computed in another way
 LOGITS_BYTES = 2**30  # most memory for the float32 logits of sequences side by side; one may exceed it
-_POSITIONS = 64  # rows of logits reduced at a time: 64 x 262k x 4 bytes = 64 MB of working memory
-_CELLS = 4_000_000  # positions x vocabulary of a divergence reduced at a time: 32 MB as float64
+_POSITIONS = 8  # rows of logits reduced at a time: 8 x 262k x 4 bytes = 8 MB of working memory
+_CELLS = 500_000  # positions x vocabulary reduced at a time: 4 MB as float64, as much as caches hold
+_WORKERS = 4  # threads that reduce: numpy uses one core
 _BATCH = 16  # sequences of a thread between two writes of the cache: what an interruption can lose
 
 Request = tuple[Sequence[int], Sequence[int]]
@@ -276,17 +278,21 @@ def compare_logits(
 def _divergence(reference: NDArray[Any], logits: NDArray[Any]) -> NDArray[np.float64]:
     """Logits [tokens, vocab] of both -> [tokens, 4]: KL, same top token?, share of the top five in common,
     largest difference of a logit."""
-    rows, k = [], min(5, logits.shape[-1])
     step = max(1, _CELLS // logits.shape[-1])
-    for start in range(0, len(logits), step):
-        first, second = (part[start : start + step].astype(np.float64) for part in (reference, logits))
-        if not (np.isfinite(first).all() and np.isfinite(second).all()):
-            raise BuildFailed("divergence: a model gave logits that are not finite; its weights are broken")
-        log_p, log_q = log_softmax(first, axis=-1), log_softmax(second, axis=-1)
-        kl = (np.exp(log_p) * (log_p - log_q)).sum(axis=-1)
-        tops = [np.argpartition(part, -k, axis=-1)[:, -k:] for part in (first, second)]
-        in_common = (tops[0][:, :, None] == tops[1][:, None, :]).any(axis=-1).mean(axis=-1)
-        same_top = first.argmax(axis=-1) == second.argmax(axis=-1)
-        kl = np.maximum(kl, 0.0)  # of equal rows it can be at -1e-17
-        rows.append(np.stack([kl, same_top, in_common, np.abs(first - second).max(axis=-1)], axis=-1))
-    return np.concatenate(rows)
+    parts = [slice(start, start + step) for start in range(0, len(logits), step)]
+    with ThreadPoolExecutor(min(_WORKERS, os.cpu_count() or 1)) as pool:
+        return np.concatenate([*pool.map(lambda part: _part(reference[part], logits[part]), parts)])
+
+
+def _part(reference: NDArray[Any], logits: NDArray[Any]) -> NDArray[np.float64]:
+    first, second = (part.astype(np.float64) for part in (reference, logits))
+    if not (np.isfinite(first).all() and np.isfinite(second).all()):
+        raise BuildFailed("divergence: a model gave logits that are not finite; its weights are broken")
+    log_p, log_q = log_softmax(first, axis=-1), log_softmax(second, axis=-1)
+    kl = (np.exp(log_p) * (log_p - log_q)).sum(axis=-1)
+    k = min(5, logits.shape[-1])
+    tops = [np.argpartition(part, -k, axis=-1)[:, -k:] for part in (first, second)]
+    in_common = (tops[0][:, :, None] == tops[1][:, None, :]).any(axis=-1).mean(axis=-1)
+    same_top = first.argmax(axis=-1) == second.argmax(axis=-1)
+    kl = np.maximum(kl, 0.0)  # of equal rows it can be at -1e-17
+    return np.stack([kl, same_top, in_common, np.abs(first - second).max(axis=-1)], axis=-1)

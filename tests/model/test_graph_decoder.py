@@ -68,8 +68,8 @@ def test_greedy_tokens_equal_torch_in_onnxruntime_and_in_genai(form: str, twins:
 def test_many_prompts_side_by_side_get_the_answer_of_each_alone(form: str, twins: TwinStore) -> None:
     bundle, random = OnnxModel(twins.fp32(form), 1), np.random.default_rng(1)
     for shared in (0, 3, 40):  # a few tokens are read for all prompts at once, many prompt by prompt
-        system = ragged([shared])[0]
-        prompts = [system + row for row in ragged([*random.integers(1, 80, 12), 87], seed=shared)]
+        system, lengths = ragged([shared])[0], [*random.integers(1, 12, 6), *random.integers(60, 72, 6)]
+        prompts = [system + row for row in ragged([*lengths, 87], seed=shared)]
         alone = [bundle.greedy(prompt, 12, frozenset()) for prompt in prompts]
         assert bundle.greedy_batch(prompts, 12, frozenset()) == alone
         stop = alone[4][5]
