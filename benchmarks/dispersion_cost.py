@@ -6,9 +6,7 @@ Time: whole training steps (forward, backward, clip, AdamW) of SmolLM2-135M on r
 without the term, with ours in its default settings, and with the paper's form (256 tokens drawn for each
 layer, all layers, written here from its formula; in every third round). A ratio is the median over rounds of
 two steps of one round. Gradient: how near that of the drawn tokens is to that of all pairs. Memory: the most
-bytes that tensors take at one moment of such a step, as torch's profiler counts, and the highest resident
-memory of a fresh process, which differs by 2 % between two runs. For the loss over every pair of 4,096 tokens
-of 1,024 features at 4 layers: what a fresh process grows by beyond its inputs.
+bytes that tensors take at one moment of such a step, as torch's profiler counts in a fresh process.
 """
 
 from __future__ import annotations
@@ -20,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
@@ -32,10 +29,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from edgedisp import models
-from edgedisp.bench.system import runner
 from edgedisp.dispersion.hooks import DispersionLoss, hidden_states
-from edgedisp.dispersion.losses import DispersionConfig, angular_distance, log_mean_exp_over_pairs
-from edgedisp.dispersion.pairwise_kernel import pairwise_loss
+from edgedisp.dispersion.losses import DispersionConfig
 from edgedisp.train.chunked_cross_entropy import chunked_head
 from edgedisp.train.performance import keep_freed_memory
 
@@ -47,7 +42,6 @@ SETTINGS = {  # name: (batch, context, bf16, gradient checkpointing)
     "bf16_1x1024": (1, 1024, True, False),
     "bf16_4x256_checkpointing": (4, 256, True, True),
 }
-TOKENS, FEATURES, LAYERS = 4096, 1024, 4  # of the blockwise comparison
 
 
 def paper_form(states: list[Tensor]) -> Tensor:
@@ -119,20 +113,16 @@ def time_steps(rounds: int) -> Result:
             ratio, *quartiles = median_and_quartiles([s / times["off"][turn] for turn, s in steps_s.items()])
             row = {"setting": setting, "variant": variant, "step_s": median(steps_s.values())}
             rows.append({**row, "ratio": ratio, "ratio_quartiles": quartiles, "rounds": len(steps_s)})
-            print(rows[-1])
         figures[f"step_time_ratio_{setting}"] = rows[-2]["ratio"]
         figures[f"paper_form_step_time_ratio_{setting}"] = rows[-1]["ratio"]
     return figures, rows
 
 
-def peak_of_steps(setting: str, variant: str, folder: str) -> dict[str, float]:
-    """Run in a fresh process: resident bytes at most in three steps, bytes in tensors at most in a fourth."""
+def peak_of_step(setting: str, variant: str, folder: str) -> int:
+    """Run in a fresh process: bytes in tensors at most in the second step."""
     steps = Steps(*models.open_base(Path(folder)))
     steps.prepare(setting)
-    with keep_freed_memory():
-        for _ in range(3):
-            steps.step(variant)
-    resident = float(runner().peak_memory_bytes())
+    steps.step(variant)
     state = [value for values in steps.optimizer.state.values() for value in values.values()]
     before = sum(tensor.nbytes for tensor in [*steps.model.parameters(), *state])
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -140,19 +130,9 @@ def peak_of_steps(setting: str, variant: str, folder: str) -> dict[str, float]:
     with tempfile.NamedTemporaryFile(suffix=".json") as trace:
         profiler.export_chrome_trace(trace.name)
         events = json.loads(Path(trace.name).read_text())["traceEvents"]
-    growth = max(event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]")
-    return {"resident": resident, "tensors": float(before + growth)}
-
-
-def plain_form(directions: Tensor) -> Tensor:
-    scores = -angular_distance(directions @ directions.mT, clamp=0.1)
-    return log_mean_exp_over_pairs(scores, torch.ones(directions.shape[:2], dtype=torch.bool))
-
-
-PAIRS: dict[str, Callable[[Tensor], Tensor]] = {
-    "plain": lambda v: plain_form(v / v.norm(dim=-1, keepdim=True)).mean(),
-    "blockwise": lambda v: pairwise_loss("angular", v).mean(),
-}
+    return before + max(
+        event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]"
+    )
 
 
 def gradients(counts: tuple[int, ...] = (32, 64, 128, 256)) -> Result:
@@ -182,76 +162,36 @@ def gradients(counts: tuple[int, ...] = (32, 64, 128, 256)) -> Result:
     return figures, rows
 
 
-def all_pairs(variant: str) -> dict[str, float]:
-    """Run in a fresh process: seconds of value and gradient, and resident bytes beyond the vectors."""
-    generator = torch.Generator().manual_seed(0)
-    vectors = torch.randn(LAYERS, TOKENS, FEATURES, generator=generator, requires_grad=True)
-    PAIRS[variant](vectors[:, :300]).backward()  # wakes the threads and the allocator
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here (Linux)
-    before = runner().peak_memory_bytes()
-    seconds = []
-    for _ in range(3):
-        vectors.grad = None
-        started = time.perf_counter()
-        value = PAIRS[variant](vectors)
-        value.backward()
-        seconds.append(time.perf_counter() - started)
-    growth = float(runner().peak_memory_bytes() - before)
-    norm = float(vectors.grad.norm())  # type: ignore[union-attr]
-    return {"seconds": min(seconds), "bytes": growth, "value": value.item(), "gradient_norm": norm}
-
-
-def in_fresh_process(task: str, *arguments: str) -> Any:
-    command = [sys.executable, __file__, "--task", task, *arguments]
-    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return json.loads(out.splitlines()[-1])
-
-
 def memory_of_steps() -> Result:
     figures, rows = {}, []
     with tempfile.TemporaryDirectory() as folder:
         for part in wikipedia_base():
             part.save_pretrained(folder)
         for setting in SETTINGS:
-            peaks: dict[str, list[dict[str, float]]] = {"off": [], "ours": []}
+            peaks: dict[str, list[int]] = {"off": [], "ours": []}
             for variant in ("ours", "off", "off", "ours"):
-                peaks[variant].append(in_fresh_process("steps", setting, variant, folder))
+                command = [sys.executable, __file__, "--peak", setting, variant, folder]
+                output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+                peaks[variant].append(int(output.splitlines()[-1]))
             for variant, runs in peaks.items():
-                row: dict[str, Any] = {"setting": setting, "variant": variant}
-                for kind in ("tensors", "resident"):
-                    row[f"{kind}_bytes"] = [run[kind] for run in runs]
-                    row[f"{kind}_ratio"] = sum(row[f"{kind}_bytes"]) / sum(run[kind] for run in peaks["off"])
-                rows.append(row)
+                row = {"setting": setting, "variant": variant, "tensors_bytes": runs}
+                rows.append({**row, "tensors_ratio": sum(runs) / sum(peaks["off"])})
             figures[f"peak_memory_ratio_{setting}"] = rows[-1]["tensors_ratio"]
-            figures[f"resident_memory_ratio_{setting}"] = rows[-1]["resident_ratio"]
-    figures["peak_memory_ratio"] = max(figures[f"peak_memory_ratio_{setting}"] for setting in SETTINGS)
+    figures["peak_memory_ratio"] = max(figures.values())
     return figures, rows
-
-
-def memory_of_pairs() -> Result:
-    rows = []
-    for variant in PAIRS:
-        runs = [in_fresh_process("pairs", variant) for _ in range(3)]
-        row = {"setting": f"all pairs of {LAYERS} x {TOKENS} x {FEATURES}", "variant": variant}
-        row |= min(runs, key=lambda run: run["seconds"])
-        rows.append({**row, "bytes": median(run["bytes"] for run in runs)})
-    plain, blockwise = rows
-    ratios = {"memory": blockwise["bytes"] / plain["bytes"], "time": blockwise["seconds"] / plain["seconds"]}
-    return {f"blockwise_{kind}_ratio_4096": ratio for kind, ratio in ratios.items()}, rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=30, help="measured rounds of each setting")
-    parser.add_argument("--task", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.task:
-        name, *arguments = options.task
-        print(json.dumps(peak_of_steps(*arguments) if name == "steps" else all_pairs(*arguments)))
+    if options.peak:
+        print(peak_of_step(*options.peak))
         return
     with keep_freed_memory():  # as in a build
         timing = time_steps(options.rounds)
-    parts = [timing, *(part() for part in (memory_of_steps, memory_of_pairs, gradients))]
+    parts = [timing, *(part() for part in (memory_of_steps, gradients))]
     figures = {name: value for part, _ in parts for name, value in part.items()}
     write("dispersion_cost", figures, [row for _, rows in parts for row in rows])
 

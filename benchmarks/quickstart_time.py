@@ -42,13 +42,9 @@ def main() -> None:
         kind = KINDS.get(stage.name.rsplit("/", 1)[-1].split("-")[0], "other")
         figures[f"{kind}_s"] = figures.get(f"{kind}_s", 0.0) + stage.seconds
     for arm in run.arms:
-        figures[f"{arm}_tokens_per_s"] = run.training[arm].tokens_per_s or 0.0
         for precision, measurement in run.measurements[arm].items():
-            perplexity = measurement.scores["heldout_perplexity"].main.estimate.value
-            figures[f"{arm}_{precision}_perplexity"] = perplexity or 0.0
-    for row in run.latency.rows if run.latency else ():
-        if speed := row.decode_tokens_per_s:
-            figures[f"{row.label.replace('/', '_')}_decode_tokens_per_s"] = speed.value or 0.0
+            for task, score in measurement.scores.items():
+                figures[f"{arm}_{precision}_{task}"] = score.main.estimate.value or 0.0
     write("quickstart_time", figures, to_json(run.stages), verdict=verdict(run).sentence)
 
 

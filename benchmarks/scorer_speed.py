@@ -1,7 +1,7 @@
 """Items per second: our lm-evaluation-harness models against its own. Writes results/scorer_speed.json
 
     python benchmarks/scorer_speed.py --model FOLDER --bundle FOLDER [--exact FOLDER] [--items 40]
-        [--rounds 5] [--tasks arc_easy,winogrande] [--tasks-path FOLDER] [--no-write]
+        [--rounds 5] [--tasks arc_easy,winogrande] [--tasks-path FOLDER]
 
 The first items of multiple-choice tasks of lm-eval, such as ARC-Easy (four short answers to one question) and
 WinoGrande (two contexts that differ in one word, one ending). Each of four models scores all items of all
@@ -81,7 +81,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tasks", default="arc_easy,winogrande", help="multiple choice, with commas between")
     parser.add_argument("--tasks-path", type=Path, help="a folder of lm-eval YAML")
-    parser.add_argument("--no-write", action="store_true", help="print the figures only")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     threads = physical_cores()
@@ -117,9 +116,7 @@ def main() -> None:
         rate, accuracy = requests / sorted(seconds[name])[len(seconds[name]) // 2], first[name].accuracy
         rows.append({"name": name, "seconds": seconds[name], "requests_per_s": rate, "accuracy": accuracy})
         print(f"{name:20} {rate:6.1f} requests/s  {accuracy}")
-    print(figures)
-    if not options.no_write:
-        write("scorer_speed", figures, rows)
+    write("scorer_speed", figures, rows)
 
 
 if __name__ == "__main__":
