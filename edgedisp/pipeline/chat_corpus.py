@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -94,13 +95,17 @@ def read_rows(tokenizer: Any, documents: Sequence[Document], section: Data, prog
 
 def _fitting(tokenizer: Any, document: Conversation, section: Data) -> tuple[Conversation, list[Any]]:
     """A conversation without as many of its oldest turns as it takes, and its examples, or none."""
-    shorter = document.without_oldest_turn() if section.too_long == "cut" else None
-    while shorter is not None:
-        examples = models.example(tokenizer, shorter)
-        if max(len(ids) for ids, _ in examples) <= section.context:
-            return shorter, examples
-        shorter = shorter.without_oldest_turn()
-    return document, []
+    shorter = [document]
+    while section.too_long == "cut" and (rest := shorter[-1].without_oldest_turn()) is not None:
+        shorter.append(rest)
+
+    def fits(conversation: Conversation) -> bool:
+        return max(len(ids) for ids, _ in models.example(tokenizer, conversation)) <= section.context
+
+    index = bisect_left(shorter, True, lo=1, key=fits)  # of a thousand turns ten are rendered
+    if index == len(shorter):
+        return document, []
+    return shorter[index], models.example(tokenizer, shorter[index])
 
 
 def pack(
