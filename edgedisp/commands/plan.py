@@ -168,7 +168,7 @@ def _text(recipe: Recipe, record: Record | None, progress: Progress) -> tuple[in
     tokens = sum(len(document.text.encode()) for document in training) / BYTES_PER_TOKEN
     epochs = recipe.train.epochs or (recipe.steps or 0) * recipe.tokens_per_step / tokens
     steps = recipe.steps or max(1, round(epochs * tokens / recipe.tokens_per_step))
-    return steps, text_notes(text, recipe.data.heldout, epochs)
+    return steps, text_notes(text, recipe.data.heldout, 0 if recipe.train.epochs else epochs)
 
 
 def _sizes(recipe: Recipe, model: Any) -> dict[str, Any]:

