@@ -153,7 +153,7 @@ def test_another_tokenizer_than_in_training_is_named_by_its_first_token(
     with served({"taught": bundle}, prompt=4, generate=4) as (server, _):
         page = drive(server, "call", texts=[REQUEST], width=400)
     assert "other ids on this page than in training: token 3 of 38 is" in page["trouble"]
-    assert page["turn"]["text"] == ANSWER
+    assert len(page["cards"]) == 1  # it answers all the same
 
 
 @needs_playwright
