@@ -13,7 +13,7 @@ help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 quickstart: $(VENV)/.base ## teach a real model (SmolLM2-135M) function calls and compare, from nothing
-	env -u OMP_NUM_THREADS $(BIN)/edgedisp build recipes/home_commands_smollm2_135m.yaml
+	env -u OMP_NUM_THREADS $(BIN)/edgedisp build recipes/home_commands_smollm2_135m.yaml --out runs/home_commands
 
 # Types are checked beside the tests: mypy takes one core for a minute.
 test: setup ## lint, types and every test but tests/slow: what CI runs

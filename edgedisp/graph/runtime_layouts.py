@@ -104,9 +104,11 @@ def for_device(
     genai["model"]["context_length"] = genai.setdefault("search", {})["max_length"] = positions
     config |= {name: min(positions, config[name]) for name in LENGTHS if isinstance(config.get(name), int)}
     write_json(output_dir / GENAI_CONFIG, genai)
-    write_json(output_dir / "config.json", config)
+    if config:  # onnxruntime-genai's builder writes none
+        write_json(output_dir / "config.json", config)
     set_threads(output_dir, threads)
-    write_app(output_dir, read_json(output_dir / APP), positions)
+    if positions < available or not (output_dir / APP).is_file():
+        write_app(output_dir, read_json(output_dir / APP), positions)
     return {"threads": threads, "context": positions}
 
 
