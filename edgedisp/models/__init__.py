@@ -22,6 +22,7 @@ from edgedisp.models.conversation import prompt_ids as prompt_ids
 from edgedisp.models.licence import copy_licence as copy_licence
 from edgedisp.models.licence import read_licence as read_licence
 from edgedisp.models.loading import empty_model as empty_model
+from edgedisp.models.loading import gguf_read_once as gguf_read_once
 from edgedisp.models.loading import load as load
 from edgedisp.models.loading import load_weights as load_weights
 from edgedisp.models.loading import open_base as open_base

@@ -70,12 +70,13 @@ def open_base(
         return *tiny, None
     local = str(files.get(section.base, section.base))
     source = data.fetch(local, sha256=section.sha256, progress=progress)
-    model: Any = models.empty_model(source, section)
-    check_export(model)  # before weights are downloaded
-    if weights:
-        return *models.open_base(source, section, progress), source
-    if isinstance(source, Path):
-        return model, models.load_tokenizer(source, section.trust_remote_code), source
+    with models.gguf_read_once():
+        model: Any = models.empty_model(source, section)
+        check_export(model)  # before weights are downloaded
+        if weights:
+            return *models.open_base(source, section, progress), source
+        if isinstance(source, Path):
+            return model, models.load_tokenizer(source, section.trust_remote_code), source
     return model, None, source
 
 
