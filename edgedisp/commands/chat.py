@@ -23,7 +23,7 @@ from edgedisp.bench.system import physical_cores
 from edgedisp.core.errors import BadInput
 from edgedisp.core.files import APP, check_files, read_json
 from edgedisp.evaluate import answers
-from edgedisp.graph.app_contract import ANSWER
+from edgedisp.graph.app_contract import max_new_tokens
 from edgedisp.graph.genai_config import chat_template, read_config
 from edgedisp.models import Message
 from edgedisp.report.formatting import plural
@@ -90,7 +90,7 @@ class Conversation:
         ids = config["eos_token_id"]
         self.eos_ids = frozenset(ids if isinstance(ids, list) else [ids])
         self.context = min(config["context_length"], options.context or CONTEXT_CAP)
-        self.max_new_tokens = options.max_new_tokens or max(1, min(ANSWER, self.context // 2))
+        self.max_new_tokens = options.max_new_tokens or max_new_tokens(self.context)
         if not self.tokenizer.chat_template:
             note(f"{bundle} has no chat template: the text is continued as it stands")
         self.messages: list[Message] = []

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from edgedisp.core.progress import Progress, labelled
+from edgedisp.core.progress import Progress, labelled, silent
 
 BATCH = 64  # sequences side by side: more are hardly faster
 CACHE_BYTES = 2**30  # most memory for the keys and values of a batch
@@ -30,6 +30,27 @@ class Reader(Protocol):
 
     def select(self, sequences: Ids) -> None:
         """Go on with these, by index; one that is named several times is copied."""
+
+
+class GreedyDecoding(Protocol):
+    """`greedy` of a model that answers many prompts at once."""
+
+    def greedy_batch(
+        self,
+        prompts: Sequence[list[int]],
+        max_new_tokens: int,
+        stop_ids: frozenset[int],
+        progress: Progress = silent,
+    ) -> list[list[int]]:
+        """`greedy` of every prompt, side by side: the same but for near-ties."""
+
+    def greedy(self, ids: list[int], max_new_tokens: int, stop_ids: frozenset[int]) -> list[int]:
+        """The most likely next tokens after `ids`, at most `max_new_tokens` or what the context leaves.
+
+        A stop token ends them and is the last. Raises BadInput or ValueError for a prompt that is empty or
+        longer than the context.
+        """
+        return self.greedy_batch([ids], max_new_tokens, stop_ids)[0]
 
 
 def greedy_batch(

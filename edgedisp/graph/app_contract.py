@@ -13,12 +13,16 @@ from edgedisp.core.files import APP, read_json, write_json
 from edgedisp.graph.genai_config import LENGTHS, end_ids
 
 FORMAT = 1
-ANSWER = 256  # most new tokens, or half of a small context
 ESCAPE = (
     "put a space after the first character of each special token that is written in a message's content; "
     "special tokens are the added_tokens of tokenizer.json with special: true, longer ones first"
 )
 GREETING: list[models.Message] = [{"role": "user", "content": "Hello"}]
+
+
+def max_new_tokens(context: int) -> int:
+    """Most tokens of an answer where nobody says how many: 256, or half of a small context."""
+    return max(1, min(256, context // 2))
 
 
 def write_app(folder: Path, chat: Mapping[str, Any], context: int | None = None) -> None:
@@ -32,7 +36,7 @@ def write_app(folder: Path, chat: Mapping[str, Any], context: int | None = None)
     config = read_json(folder / "config.json")
     context = context or next((config[name] for name in LENGTHS if isinstance(config.get(name), int)), 0)
     app: dict[str, Any] = {"format": FORMAT, "context": context}
-    app |= {"max_new_tokens": max(1, min(ANSWER, context // 2)), "template": None, "escape": ESCAPE}
+    app |= {"max_new_tokens": max_new_tokens(context), "template": None, "escape": ESCAPE}
     app["stop"] = {"ids": stop, "tokens": tokenizer.convert_ids_to_tokens(stop)}
     app |= {"system": chat.get("system"), "system_role": "system", "tools": None, "tool_calls": "json"}
     app["example"] = None

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.core.files import read_json
-from edgedisp.core.greedy_decoding import greedy_batch
+from edgedisp.core.greedy_decoding import GreedyDecoding, greedy_batch
 from edgedisp.core.progress import Progress, silent
 from edgedisp.graph.genai_config import GENAI_CONFIG, LENGTHS, read_config
 from edgedisp.graph.onnx_graph import ATTENTION, GRAPH, hidden_states, read_graph, to_bytes
@@ -35,7 +35,7 @@ Cache = dict[str, NDArray[np.float32]]
 """`past_key_values.N.key/value` -> [batch, kv heads, tokens, head_dim]."""
 
 
-class OnnxModel:
+class OnnxModel(GreedyDecoding):
     """A bundle as a language model. BadInput if it is none, BuildFailed if onnxruntime cannot open it."""
 
     def __init__(self, bundle: Path, threads: int, graph: bytes | str | None = None) -> None:
@@ -122,13 +122,6 @@ class OnnxModel:
             rows.append(logits[0])
         return np.concatenate(rows)
 
-    def greedy(self, ids: list[int], max_new_tokens: int, stop_ids: frozenset[int]) -> list[int]:
-        """The most likely next tokens after `ids`, at most `max_new_tokens` or what the context leaves.
-
-        A stop token ends it and is the last of the result.
-        """
-        return self.greedy_batch([ids], max_new_tokens, stop_ids)[0]
-
     def greedy_batch(
         self,
         prompts: Sequence[list[int]],
@@ -136,7 +129,6 @@ class OnnxModel:
         stop_ids: frozenset[int],
         progress: Progress = silent,
     ) -> list[list[int]]:
-        """`greedy` of every prompt, side by side (core/greedy_decoding.py): the same but for near-ties."""
         for ids in prompts:
             _check_length(len(ids), self.context)
         limits = [min(max_new_tokens, self.context - len(ids)) for ids in prompts]

@@ -11,10 +11,8 @@ from edgedisp.models.chat_template import RENDERER as RENDERER
 from edgedisp.models.conversation import Answer as Answer
 from edgedisp.models.conversation import ChatFormat as ChatFormat
 from edgedisp.models.conversation import Example as Example
-from edgedisp.models.conversation import answer_text as answer_text
 from edgedisp.models.conversation import chat_format as chat_format
 from edgedisp.models.conversation import end_of_turn_ids as end_of_turn_ids
-from edgedisp.models.conversation import escape_special_tokens as escape_special_tokens
 from edgedisp.models.conversation import example as example
 from edgedisp.models.conversation import examples as examples
 from edgedisp.models.conversation import last_answers as last_answers

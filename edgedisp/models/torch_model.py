@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from edgedisp.core.errors import BadInput
-from edgedisp.core.greedy_decoding import greedy_batch
+from edgedisp.core.greedy_decoding import GreedyDecoding, greedy_batch
 from edgedisp.core.progress import Progress, silent
 
 # As the configurations of the families name it.
@@ -33,7 +33,7 @@ COMPONENTS = {
 NORM = ("norm", "ln_", "layernorm")
 
 
-class TorchModel:
+class TorchModel(GreedyDecoding):
     """`model(ids, mask) -> logits` and greedy decoding, on whatever device the model is.
 
     threads: CPU threads during a call, None leaves torch's setting. The model is set to eval mode.
@@ -66,14 +66,6 @@ class TorchModel:
             logits = self.model(input_ids=row, use_cache=False, **self.keep(last)).logits[0, -last:]
             return np.asarray(logits.float().cpu())
 
-    def greedy(self, ids: list[int], max_new_tokens: int, stop_ids: frozenset[int]) -> list[int]:
-        """The new tokens, most likely one by one, with the model's own cache of keys and values.
-
-        Ends after `max_new_tokens`, after a stop token (which is the last of the answer), or when the context
-        is full. Raises BadInput for an empty prompt or one that is longer than the context.
-        """
-        return self.greedy_batch([ids], max_new_tokens, stop_ids)[0]
-
     def greedy_batch(
         self,
         prompts: Sequence[list[int]],
@@ -81,7 +73,6 @@ class TorchModel:
         stop_ids: frozenset[int],
         progress: Progress = silent,
     ) -> list[list[int]]:
-        """`greedy` of every prompt, side by side (core/greedy_decoding.py): the same but for near-ties."""
         for ids in prompts:
             if not ids or len(ids) > self.context:
                 raise BadInput(f"a prompt needs 1 to {self.context} tokens (the context), found {len(ids)}.")
