@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from edgedisp.recipe import Adapter
 from edgedisp.train import lora
 
 AUDIT_BLOCKS, AUDIT_TOKENS = 8, 4096  # at least, of a row; 5 s for 135M parameters on 2 cores
-CHECKED_BLOCKS = 4  # where there is one base alone, so that nothing is chosen
+CHECKED_BLOCKS = 2  # where there is one base alone, so that nothing is chosen
 BOOTSTRAP = 2000
 GRID = {"method", "group", "symmetric", "head_bits"}
 NATS = Metric("loss", "nll", "tokens", higher_is_better=False)
@@ -117,24 +117,34 @@ def _merged(kind: str, options: MergeOptions, inputs: Inputs) -> Any:
 
 def _score(options: MergeOptions, inputs: Inputs, progress: Progress) -> dict[str, list[dict[str, Any]]]:
     """Row of the audit -> one item a block, as evaluate/statistics.py takes them."""
-    adapter, base, corpus = options.adapter, inputs["base"], inputs["corpus"]
+    adapter, corpus = options.adapter, inputs["corpus"]
     size = {"blocks": CHECKED_BLOCKS}
     if adapter.base is not None:
         size = {"blocks": AUDIT_BLOCKS, "tokens": AUDIT_TOKENS}
     blocks = torch.from_numpy(heldout_blocks(corpus, **size))
-    loaders: dict[str, Callable[[], Any]] = {
-        NO_ADAPTER: lambda: models.load(base),
-        ADAPTER_ON: lambda: lora.load_adapter(inputs["adapter"], _base(adapter, base)),
-        MERGED[FULL]: lambda: _merged(FULL, options, inputs),
-    }
-    if adapter.base is not None:
-        loaders[MERGED[DEQUANTIZED]] = lambda: _merged(DEQUANTIZED, options, inputs)
     rows = dict[str, list[dict[str, Any]]]()
-    for number, (name, load) in enumerate(loaders.items()):
-        progress(number, len(loaders), f"merge audit: {name}")
-        # No name for the model here: one at a time is in memory.
-        rows |= _rows(name, load(), options, blocks, corpus)
+    for name, model in _audited(options, inputs):
+        progress(len(rows), 0, f"merge audit: {name}")
+        rows |= _rows(name, model, options, blocks, corpus)
+        del model  # one at a time is in memory
     return rows
+
+
+def _audited(options: MergeOptions, inputs: Inputs) -> Iterator[tuple[str, Any]]:
+    """Row of the audit, and its model. A lora adapter is put on the base and merged into it, which is read
+    once."""
+    adapter, base = options.adapter, inputs["base"]
+    if adapter.base is not None:
+        yield NO_ADAPTER, models.load(base)
+        yield ADAPTER_ON, lora.load_adapter(inputs["adapter"], _base(adapter, base))
+        for kind, name in MERGED.items():
+            yield name, _merged(kind, options, inputs)
+        return
+    model = models.load(base)
+    yield NO_ADAPTER, model
+    model = lora.load_adapter(inputs["adapter"], model)
+    yield ADAPTER_ON, model
+    yield MERGED[FULL], model.merge_and_unload()
 
 
 def _rows(

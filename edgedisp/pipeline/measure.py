@@ -204,7 +204,7 @@ def parity(
     rounded as it was trained, and the graph in fp32 arithmetic has to give its logits.
     """
     blocks = heldout_blocks(corpus, tokens=options.tokens)
-    lengths = [max(2, blocks.shape[1] * (index + 1) // (2 * PROMPTS)) for index in range(PROMPTS)]
+    lengths = [max(2, blocks.shape[1] * (index + 1) // (4 * PROMPTS)) for index in range(PROMPTS)]
     prompts = [blocks[index % len(blocks)][:length].tolist() for index, length in enumerate(lengths)]
     texts = [document.text[:400] for document in heldout_documents(corpus)[:PROMPTS]]
     graph = check_bundle(bundle, prompts, texts=texts)
