@@ -118,7 +118,7 @@ class _Reader:
         cached = {self.name: self.cache, "use_cache": True} if self.name else {}
         step = self.ids if self.cache is None else new
         out = self.model(input_ids=step, **cached, **self.scored.keep(1))
-        self.cache = getattr(out, "past_key_values", None)
+        self.cache = getattr(out, self.name, None) if self.name else None
         return np.asarray(out.logits[:, -1].argmax(dim=-1).cpu())
 
     def select(self, sequences: NDArray[np.int64]) -> None:
