@@ -119,8 +119,8 @@ class PageServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
     """Context manager: serves `resources` (address below the token -> what it gives) until it ends.
 
     read_upload: makes an upload of a request's body; ValueError says why it is refused. note: takes the lines
-    of the log. port: 0 is any free one. https: with a new certificate, whose SHA-256 is `fingerprint`.
-    `received` queues (upload, client's address). Raises BadInput for what cannot be served.
+    of the log. address: host and port, 0 for any free one. https: with a new certificate, whose SHA-256 is
+    `fingerprint`. `received` queues (upload, client's address). Raises BadInput for what cannot be served.
     """
 
     daemon_threads = True
@@ -133,19 +133,18 @@ class PageServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         resources: Mapping[str, Resource],
         read_upload: Callable[[bytes], Any],
         note: Callable[[str], None],
-        host: str = "127.0.0.1",
-        port: int = 0,
+        address: tuple[str, int] = ("127.0.0.1", 0),
         https: bool = False,
     ) -> None:
-        self.token = secrets.token_urlsafe(16)  # 128 bits
-        self.resources = {quote(address): resource for address, resource in resources.items()}
+        self.token, (host, port) = secrets.token_urlsafe(16), address  # 128 bits
+        self.resources = {quote(name): resource for name, resource in resources.items()}
         self.read_upload, self.note = read_upload, note
         self.received: queue.Queue[tuple[Any, str]] = queue.Queue()
         self.latest: deque[_Request] = deque()
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         tls, self.fingerprint = _self_signed(host) if https else (None, "")
         try:
-            super().__init__((host, port), _Request)
+            super().__init__(address, _Request)
         except (OSError, OverflowError) as error:
             raise BadInput(
                 f"--host {host} --port {port}: cannot be listened on: {error}; the host must be an address "

@@ -61,8 +61,8 @@ def serve(
         )
     runs: dict[str, Upload] = {}  # by page load
     handled: set[str] = set()
-    host = options.host or local_address()
-    with PageServer(plan.resources, plan.read_upload, note, host, options.port, options.https) as server:
+    address = options.host or local_address(), options.port
+    with PageServer(plan.resources, plan.read_upload, note, address, options.https) as server:
         note(invitation(server.url, server.fingerprint))
         with suppress(KeyboardInterrupt):  # also of what is done with a result, which is then done below
             while not (options.once and handled):

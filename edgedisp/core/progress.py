@@ -7,7 +7,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
 
 from edgedisp.core.stage_folder import Record
 
@@ -54,19 +53,14 @@ class Screen:
         self._is_live = sys.stderr.isatty()
         self._last_line = time.monotonic()
         self._unchanged: list[str] = []
-        columns: list[Any] = [
+        self._bar = progress.Progress(
             "{task.description}",
             progress.BarColumn(bar_width=24),
             progress.MofNCompleteColumn(),
-        ]
-        columns += [
             progress.TimeElapsedColumn(),
             "left",
             progress.TimeRemainingColumn(),
             "{task.fields[note]}",
-        ]
-        self._bar = progress.Progress(
-            *columns,
             console=Console(stderr=True),
             transient=True,
             speed_estimate_period=SPEED_PERIOD_S,

@@ -13,13 +13,12 @@ table of nested rows fills every row with the keys of all others.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 from edgedisp.core.errors import BadInput
-from edgedisp.data.readers import Document, Row
+from edgedisp.data.readers import Document, Row, check_pairs
 from edgedisp.recipe import Source
 
 Message = dict[str, Any]
@@ -30,7 +29,6 @@ ROLES = {
     "function_call": "assistant", "observation": "tool", "function": "tool", "function_response": "tool",
 }  # fmt: skip
 """Role of a row -> role of a message."""
-HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -104,8 +102,7 @@ def conversation(row: Row, source: Source) -> Conversation:
         result = Conversation.of(row.id, messages, tools)
     except ValueError:
         wrong("holds NaN or Infinity, which JSON has not.")
-    if HALF_PAIR.search(result.text):
-        wrong("holds half of a surrogate pair, which no tokenizer can read.")
+    check_pairs(result.text, row.location)
     return Conversation(row.id, result.text, source.weight, result.messages, tools, row.location)
 
 

@@ -22,8 +22,8 @@ import numpy as np
 
 from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import Progress, silent
-from edgedisp.data.chat import HALF_PAIR, Conversation, conversation
-from edgedisp.data.readers import Document, Row, file_rows, hub_rows, local_files
+from edgedisp.data.chat import Conversation, conversation
+from edgedisp.data.readers import Document, Row, check_pairs, file_rows, hub_rows, local_files
 from edgedisp.recipe import Source
 
 CHAT_FIELDS = {"messages", "conversations", "conversation"}
@@ -154,8 +154,7 @@ def _texts(rows: Iterable[Row], field: str, documents: Documents) -> Iterator[tu
         if not isinstance(text, str):
             hint = f" {CHAT_HINT}" if isinstance(text, list) and field in CHAT_FIELDS else ""
             raise BadInput(f"{row.location}: the text must be a string, found {type(text).__name__}.{hint}")
-        if HALF_PAIR.search(text):
-            raise BadInput(f"{row.location}: holds half of a surrogate pair, which no tokenizer can read.")
+        check_pairs(text, row.location)
         documents.characters_read += len(text)
         yield row, text
 

@@ -35,6 +35,7 @@ SPLIT_NAMES = {
     "test": {"test", "testing"},
 }
 EXTRA = 'pip install "edgedisp[train]"'
+HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,12 @@ class Row:
     location: str
     id: str
     value: Any
+
+
+def check_pairs(text: str, location: str) -> None:
+    """Raises BadInput for half of a surrogate pair, as JSON may write it."""
+    if HALF_PAIR.search(text):
+        raise BadInput(f"{location}: holds half of a surrogate pair, which no tokenizer can read.")
 
 
 Parsed = Iterator[tuple[str, int | str, Any]]
@@ -132,9 +139,9 @@ def hub_rows(name: str, source: Source) -> Iterator[Row]:
         raise BadInput(f"{name}: the hub's data set cannot be read: {one_line(problem)}") from problem
     number = 0
     for batch in table.iter(batch_size=1024):  # many times faster than row by row
-        wanted = {*source.fields, source.tools or "tools"}
+        needed = {*source.fields, source.tools or "tools"}
         is_there = {*source.fields} <= {*batch}  # else all of them, for the message
-        columns = [column for column in batch if column in wanted or not is_there]
+        columns = [column for column in batch if column in needed or not is_there]
         for values in zip(*(batch[column] for column in columns)):
             yield Row(f"{name} row {number}", str(number), dict(zip(columns, values)))
             number += 1
@@ -244,10 +251,10 @@ def _parquet(path: Path, source: Source) -> Parsed:
         raise BadInput(f"{path}: parquet files need pyarrow: {EXTRA}") from problem
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
-            names = table.schema_arrow.names  # without the field all of them, for the message
-            wanted = {*source.fields, source.tools or "tools", "id"}
+            names = table.schema_arrow.names
+            needed = {*source.fields, source.tools or "tools", "id"}
             is_there = {*source.fields} <= {*names}  # else all of them, for the message
-            columns = [name for name in names if name in wanted or not is_there]
+            columns = [name for name in names if name in needed or not is_there]
             batches = table.iter_batches(batch_size=1024, columns=columns)
             records = (record for batch in batches for record in batch.to_pylist())
             yield from ((f" record {number + 1}", number, record) for number, record in enumerate(records))

@@ -238,7 +238,7 @@ def test_strangers_take_one_anothers_places_and_have_a_moment_to_name_the_token(
 
 def test_a_port_in_use_and_an_address_of_others_are_named() -> None:
     def start(host: str, port: int) -> PageServer:
-        return PageServer({}, bytes, print, host, port)
+        return PageServer({}, bytes, print, (host, port))
 
     with start("127.0.0.1", 0) as first, pytest.raises(BadInput, match=rf"--port {first.port}: .* in use"):
         start("127.0.0.1", first.port)
