@@ -28,13 +28,12 @@ READS_ROWS = {
 }
 
 
-def find_graph(bundle: Path, for_browser: bool = False) -> Path:
-    """model.onnx of a bundle, or the graph for browsers in `onnx/`, whichever there is; where both are, the
-    one asked for. Raises BadInput where there is none."""
-    graphs = [*bundle.glob("model.onnx"), *sorted(bundle.glob("onnx/model*.onnx"), reverse=True)]
+def find_graph(bundle: Path) -> Path:
+    """The graph for browsers in `onnx/`, else model.onnx. Raises BadInput where there is neither."""
+    graphs = [*sorted(bundle.glob("onnx/model*.onnx")), *bundle.glob("model.onnx")]
     if not graphs:
         raise BadInput(f"{bundle}: holds no model.onnx; give a bundle folder made by the export")
-    return graphs[-1 if for_browser else 0]
+    return graphs[0]
 
 
 def read_graph(path: Path) -> Any:
@@ -93,13 +92,9 @@ def weight_traffic(model: Any) -> int:
 
 def tensor_bytes(tensor: Any, kind: int | None = None) -> int:
     """Bytes of an initializer, from its shape and type (or `kind`); 4-bit types are stored two to a byte."""
-    import onnx
+    import onnx_ir
 
-    count = math.prod(tensor.dims)
-    kind = tensor.data_type if kind is None else kind
-    if kind in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4):
-        return (count + 1) // 2
-    return count * int(onnx.helper.tensor_dtype_to_np_dtype(kind).itemsize)
+    return math.ceil(math.prod(tensor.dims) * onnx_ir.DataType(kind or tensor.data_type).itemsize)
 
 
 def graph_hash(path: Path) -> str:

@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from edgedisp.bench.bundles import checked_runtime, find_graph
+from edgedisp.bench.bundles import checked_runtime
 from edgedisp.bench.devices import MIB, BenchOptions, Device
 from edgedisp.bench.results import device_result
 from edgedisp.bench.system import RUNNER, describe, runner
@@ -216,7 +216,7 @@ class Host(Device):
             if not timed:
                 raise
             lost = str(error)
-        graphs = {label: (find_graph(bundles[label]), facts[label]) for label in facts}
+        graphs = {label: (bundles[label] / "model.onnx", facts[label]) for label in facts}
         result = device_result(self.name, self.machine, timed, graphs, options)
         return replace(result, options={**result.options, "groups": groups}, lost=lost)
 

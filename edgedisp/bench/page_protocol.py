@@ -164,7 +164,7 @@ class PagePlan:
         config, genai = (read_json(folder / name) for name in ("config.json", "genai_config.json"))
         genai = genai.get("model", {})
         preferred = folder / "onnx" / f"model_{config.get('transformers.js_config', {}).get('dtype')}.onnx"
-        graph = preferred if preferred.is_file() else find_graph(folder, for_browser=True)
+        graph = preferred if preferred.is_file() else find_graph(folder)
         model = read_graph(graph)
         needed = options.prompt + options.generate
         contexts = _sizes(genai.get("context_length"), config.get("max_position_embeddings"))
