@@ -9,10 +9,11 @@ continues) and writes the share of exact calls, in percent, to results/function_
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
-from _results_file import write
+from _results_file import RESULTS, write
 
 from edgedisp.commands.plan import threads_for
 from edgedisp.core.files import data_folder
@@ -63,24 +64,16 @@ def main() -> None:
                 row["items"] = score.estimate.n
             rows.append(row)
             figures[f"exact_{model}_{precision}"] = row["exact"]["value"]
-    differences = {
-        f"{arm}-{BASELINE} {precision}": percent(tasks[TASK].main.estimate)
-        for arm, by_precision in run.comparisons.items()
-        for precision, tasks in by_precision.items()
-    }
-    settings = {
-        "seeds": run.seeds,
-        "tokens": run.training[run.arms[0]].tokens,
-        "rows": run.corpus.get("rows"),
-    }
-    write(
-        "function_calls",
-        figures,
-        rows,
-        differences=differences,
-        settings=settings,
-        verdict=verdict(run).sentence,
-    )
+    differences = dict[str, Any]()
+    for arm, by_precision in run.comparisons.items():
+        for precision, tasks in by_precision.items():
+            change = tasks[TASK].main
+            counts = {"only_first": change.only_first, "only_second": change.only_second}
+            differences[f"{arm}-{BASELINE} {precision}"] = percent(change.estimate) | counts
+    rate = "generate_rate_ratio_transformers"  # measured by generate_rate.py, on the quickstart's commands
+    figures[rate] = json.loads((RESULTS / "generate_rate.json").read_text())["figures"][rate]
+    details = {"seeds": run.seeds, "tokens": run.training[run.arms[0]].tokens, "differences": differences}
+    write("function_calls", figures, rows, **details, verdict=verdict(run).sentence)
 
 
 if __name__ == "__main__":
