@@ -22,7 +22,7 @@ from edgedisp.pipeline.run_results import load
 from edgedisp.report import verdict
 
 RECIPE = "home_commands_smollm2_135m"
-KINDS = {"model": "training", "measure": "checks and scoring", "latency": "timing"}
+KINDS = {"adapter": "training", "model": "merging", "measure": "checks and scoring", "latency": "timing"}
 
 
 def main() -> None:
