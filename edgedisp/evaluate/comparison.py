@@ -218,7 +218,7 @@ DIFFERING = 0.06
 """Share of 0/1 items that two models trained alike answer differently: a high one of the 0.5 to 7 % measured
 on SmolLM2-135M and the text of the recipe wikipedia (benchmarks/results/before_after.json)."""
 DIFFERING_ANSWERS = 0.1
-"""The same of exact answers after fine-tuning: up to 0.10 (benchmarks/results/function_calls.json)."""
+"""The same of exact answers after fine-tuning: at most 0.10 in the runs of benchmarks/function_calls.py."""
 DOCUMENT_SD = {"fp32": 0.0023, "int8": 0.0105, "int4": 0.052}
 """Standard deviation over documents of 100 tokens of the arms' difference in loss, nats per token, measured
 in the same study. At int4 most of it is rounding, which falls differently in each arm."""
