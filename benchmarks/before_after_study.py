@@ -25,11 +25,11 @@ from edgedisp.core.run import Run
 from edgedisp.pipeline.build_plan import build
 from edgedisp.pipeline.run_results import publish
 from edgedisp.recipe import smoke
-from edgedisp.report import verdict
 from edgedisp.report.comparisons import comparisons
 from edgedisp.report.figure import arm_color
 from edgedisp.report.formatting import fixed, megabytes, signed, significant
 from edgedisp.report.layout import Grid, grid_markdown
+from edgedisp.report.verdict import verdict
 
 PRECISIONS = ("fp32", "int8", "int4")
 TRAININGS = {  # name: (title, settings of the recipe)

@@ -22,7 +22,7 @@ from edgedisp.core.results import BASELINE, Estimate
 from edgedisp.pipeline.build_plan import build
 from edgedisp.pipeline.run_results import publish
 from edgedisp.recipe import load
-from edgedisp.report import verdict
+from edgedisp.report.verdict import verdict
 
 TASK = "heldout_answers"
 BASE = "base"

@@ -19,7 +19,7 @@ from _results_file import write
 
 from edgedisp.core.files import to_json
 from edgedisp.pipeline.run_results import load
-from edgedisp.report import verdict
+from edgedisp.report.verdict import verdict
 
 RECIPE = "home_commands_smollm2_135m"
 KINDS = {"adapter": "training", "model": "merging", "measure": "checks and scoring", "latency": "timing"}

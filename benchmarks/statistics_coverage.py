@@ -21,7 +21,7 @@ from edgedisp.core.results import Estimate, TaskDifference, TaskScore
 from edgedisp.core.run import Run
 from edgedisp.evaluate.comparison import TaskResult, compare_task, loss_survival, mean_difference, task_result
 from edgedisp.evaluate.statistics import ACCURACY, PERPLEXITY, Metric, Resampling, difference
-from edgedisp.report import verdict
+from edgedisp.report.verdict import verdict
 
 BOOTSTRAP = 500
 DIFFICULTY, SPREAD, TRUTH = 0.5, 0.02, 0.004

@@ -71,17 +71,17 @@ def build(
         from edgedisp.pipeline.run_results import publish
 
         results = publish(loaded, passed, run)
-    from edgedisp import report
+    from edgedisp.report import results_table, sections, verdict
 
-    verdict, page = report.verdict(results), run / "report.html"
-    table, answers = report.table(results, all_arms=True), report.answers_text(results, width())
+    page, table = run / "report.html", results_table.table(results, all_arms=True)
+    answers = results_table.answers_text(results, width())
     # The table of answers has all that a run without other tasks could show.
     is_whole = bool(answers) and sum(metric.kind != "cost" for metric in table.metrics) == 1
-    blocks = ["" if is_whole else report.table_text(table, width()), report.search_text(results)]
-    blocks += [report.summary_text(results), answers, f"report: {page}"]
+    blocks = ["" if is_whole else results_table.table_text(table, width()), sections.search_text(results)]
+    blocks += [verdict.summary_text(results), answers, f"report: {page}"]
     if answers:
-        blocks.append(f"try it: {report.chat_command(results, run)}")
-    document = {"run": str(run), "report": str(page), "verdict": verdict.to_json()}
+        blocks.append(f"try it: {results_table.chat_command(results, run)}")
+    document = {"run": str(run), "report": str(page), "verdict": verdict.verdict(results).to_json()}
     show(document, "\n\n".join(filter(None, blocks)), as_json)
     _check_complete(results)
 
@@ -166,13 +166,6 @@ def recipes() -> None:
         typer.echo(f"{path.stem:24} {first}")
 
 
-def _write_page(path: Path, results: Run) -> None:
-    from edgedisp.report import render
-
-    path.write_text(render.page(results), encoding="utf-8")
-    typer.echo(f"page: {path}", err=True)
-
-
 @app.command()
 def compare(
     subjects: SubjectsArgument,
@@ -194,11 +187,12 @@ def compare(
     markdown: Annotated[bool, Option("--markdown", help="Print a Markdown table.")] = False,
 ) -> None:
     """Print the before/after table of runs, joined item by item, or of two models scored here."""
-    from edgedisp import report
     from edgedisp.commands.compare import compare_models, join_runs
     from edgedisp.core.files import to_json
     from edgedisp.evaluate.heldout_tasks import SuiteOptions
     from edgedisp.pipeline.run_results import is_run
+    from edgedisp.report import results_table
+    from edgedisp.report.verdict import verdict
 
     models = [path for path in subjects if not is_run(path)]
     if models and not len(models) == len(subjects) == 2:
@@ -219,18 +213,21 @@ def compare(
         if any(option is not None for option in options_of_models):
             raise BadInput("these options are for two models; runs are scored already")
         joined, page, last = join_runs(subjects), None, []
-    verdict, table = report.verdict(joined), report.table(joined, all_arms=True)
+    result, table = verdict(joined), results_table.table(joined, all_arms=True)
     document = {
         "table": to_json(table),
-        "verdict": verdict.to_json(),
+        "verdict": result.to_json(),
         "joined": to_json(joined),
         "report": page and str(page),
     }
-    table_text = report.table_markdown(table) if markdown else report.table_text(table, width())
+    figures = results_table.table_markdown(table) if markdown else results_table.table_text(table, width())
     try:
-        show(document, "\n\n".join([table_text, verdict.sentence, *last]), as_json)
+        show(document, "\n\n".join([figures, result.sentence, *last]), as_json)
     finally:  # also where the reader of stdout has left
         if html is not None:
-            _write_page(html, joined)
+            from edgedisp.report import render  # brings matplotlib
+
+            html.write_text(render.page(joined), encoding="utf-8")
+            typer.echo(f"page: {html}", err=True)
     if models:
         _check_complete(joined)

@@ -65,7 +65,7 @@ def bench(
     """
     from edgedisp.commands import devices as command
     from edgedisp.core.files import to_json
-    from edgedisp.report import devices_text
+    from edgedisp.report.devices import devices_text
 
     names = device or ["local"]
     options = BenchOptions(

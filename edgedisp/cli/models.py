@@ -44,7 +44,7 @@ def condensation(
     if out:
         from edgedisp.report.render import write_condensation
 
-        typer.echo(f"\npage: {write_condensation(profiles, out)[0]}", err=as_json)
+        typer.echo(f"\npage: {write_condensation(profiles, out)}", err=as_json)
 
 
 @app.command()

@@ -27,7 +27,7 @@ from edgedisp.data import cache_folder
 from edgedisp.pipeline import device_results
 from edgedisp.pipeline.device_results import BundlesByRun
 from edgedisp.pipeline.run_results import check_runs, show_devices
-from edgedisp.report import devices_text
+from edgedisp.report.devices import devices_text
 
 if TYPE_CHECKING:  # loads torch
     from edgedisp.pipeline.device_scores import DeviceQuestions

@@ -25,7 +25,7 @@ from edgedisp.pipeline.options import PackageOptions
 from edgedisp.quantize.onnx_rewrite import quantize_bundle
 from edgedisp.recipe import BITS, load_target
 from edgedisp.recipe.values import choice
-from edgedisp.report import bundle_card
+from edgedisp.report.cards import bundle_card
 
 
 def export_bundle(

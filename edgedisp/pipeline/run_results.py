@@ -65,7 +65,7 @@ from edgedisp.pipeline.build_plan import UNTRAINED
 from edgedisp.pipeline.options import ITEMS
 from edgedisp.pipeline.stage import Passed
 from edgedisp.recipe import Recipe
-from edgedisp.report import bundle_card, model_card
+from edgedisp.report.cards import bundle_card, model_card
 
 PACKAGES = ("torch", "transformers", "onnxruntime", "onnxruntime-genai", "peft", "bitsandbytes", "lm-eval")
 REPORT = "report.json"

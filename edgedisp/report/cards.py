@@ -17,8 +17,6 @@ from edgedisp.report.results_table import table, table_markdown
 from edgedisp.report.sections import sources_text, technique_text
 from edgedisp.report.verdict import verdict
 
-Manifest = Mapping[str, Any]
-
 
 def model_card(run: Run, name: str) -> str:
     """The card of one training's model folder: the arm `name`, or the folder of another seed's training."""
@@ -28,7 +26,7 @@ def model_card(run: Run, name: str) -> str:
     return fill_markdown("model_card.md.j2", **about, results=table_markdown(table(run)))
 
 
-def bundle_card(manifest: Manifest, name: str, run: Run | None = None) -> str:
+def bundle_card(manifest: Mapping[str, Any], name: str, run: Run | None = None) -> str:
     """The card of the bundle `name` (a folder's name) from its manifest.json, and the run that packed it.
 
     Without a run, as `edgedisp export` makes it, the card says that nothing was measured.

@@ -167,10 +167,6 @@ def _headline(run: Run, rows: Sequence[Comparison]) -> Comparison | None:
     return Comparison(arm, precision, MEAN, means[precision].estimate, "share", True)
 
 
-def headline(rows: Sequence[Comparison]) -> Comparison | None:
-    return next((row for row in rows if row.is_headline), None)
-
-
 def holm(rows: Sequence[Comparison]) -> list[Comparison]:
     """The same comparisons in the same order, with Holm's step-down corrected p."""
     largest, corrected = 0.0, {}

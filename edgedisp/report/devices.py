@@ -40,11 +40,6 @@ def latency_section(run: Run) -> Section:
     return section("latency", [grid("timings", rows)], notes=remarks if rows else [])
 
 
-def on_devices_section(run: Run) -> Section:
-    """What devices measured of the run's bundles after the build."""
-    return devices_section(run.devices, run.devices_outdated)
-
-
 def devices_section(devices: Sequence[DeviceResult], outdated: Sequence[str] = ()) -> Section:
     """One table of timings and one of scores over all devices, their sweeps, and their facts in a line each.
     outdated: measurements that are not shown."""

@@ -157,12 +157,11 @@ def data_urls(plot: Plot) -> list[tuple[str, str]]:
     return urls
 
 
-def save(plot: Plot, folder: Path) -> Path:
+def save(plot: Plot, folder: Path) -> None:
     """Write `<name>.png` into an existing folder: all panels side by side with a legend."""
     path = folder / f"{plot.name}.png"
     with matplotlib.rc_context(STYLE):
         _figure(plot.panels, plot.arms).savefig(path, dpi=PNG_DPI, metadata={"Software": None})
-    return path
 
 
 def _figure(panels: Sequence[Panel], arms: Sequence[str]) -> Figure:

@@ -23,11 +23,11 @@ from edgedisp.report.results_table import table, table_markdown
 from edgedisp.report.verdict import RULES, summary, verdict
 
 
-def write(run: Run, output_dir: Path) -> list[Path]:
+def write(run: Run, output_dir: Path) -> None:
     """Write plots/*.png, report.html, report.md and report.json into `output_dir` (made if absent).
 
-    Returns the files. Plots of an earlier report are removed. report.json goes first and comes last: where it
-    is, all files are of one report.
+    Plots of an earlier report are removed. report.json goes first and comes last: where it is, all files are
+    of one report.
     """
     folder, data = output_dir / "plots", output_dir / "report.json"
     folder.mkdir(parents=True, exist_ok=True)
@@ -37,12 +37,12 @@ def write(run: Run, output_dir: Path) -> list[Path]:
     parts = _content(run)
     whole, result = parts["table"], verdict(run).to_json()
     document = {"format": REPORT_FORMAT, "run": to_json(run), "table": to_json(whole), "verdict": result}
-    pictures = [save(plot, folder) for plot in parts["plots"].values()]
-    html, markdown = output_dir / "report.html", output_dir / "report.md"
-    write_text(html, _page(**parts))
-    write_text(markdown, fill_markdown("report.md.j2", **{**parts, "table": table_markdown(whole)}))
+    for plot in parts["plots"].values():
+        save(plot, folder)
+    write_text(output_dir / "report.html", _page(**parts))
+    markdown = fill_markdown("report.md.j2", **{**parts, "table": table_markdown(whole)})
+    write_text(output_dir / "report.md", markdown)
     write_json(data, sealed(document))
-    return [html, markdown, data, *pictures]
 
 
 def page(run: Run) -> str:
@@ -93,7 +93,7 @@ def run_sections(run: Run) -> list[Section]:
         sections.merge_section(run),
         sections.survival_section(run),
         devices.latency_section(run),
-        devices.on_devices_section(run),
+        devices.devices_section(run.devices, run.devices_outdated),
         sections.mixed_section(run),
         section("verify", [parity]),
         sections.sizes_section(run),
@@ -112,20 +112,21 @@ def devices_page(results: Sequence[DeviceResult]) -> str:
     return _page(title, [devices.devices_section(results)], {}, [], facts=facts)
 
 
-def write_condensation(profiles: Mapping[str, Condensation], output_dir: Path) -> list[Path]:
-    """Write condensation.html, condensation.json and the pictures into `output_dir`, made if absent.
-
-    profiles: one or two models; the second has `change`. Raises OSError where the folder cannot be written.
+def write_condensation(profiles: Mapping[str, Condensation], output_dir: Path) -> Path:
+    """Write condensation.html, condensation.json and the pictures into `output_dir`, made if absent; returns
+    the page. profiles: one or two models; the second has `change`. Raises OSError where it cannot be written.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     names = list(profiles)
     figures = {plot.name: plot for plot in condensation_plots(profiles, names) if plot.panels}
     grids, remarks = sections.profile_grids(profiles), notes("condensation", profiles)
     content = section("condensation", grids, plots=tuple(figures), notes=remarks)
+    for plot in figures.values():
+        save(plot, output_dir)
     html, data = output_dir / "condensation.html", output_dir / "condensation.json"
     html.write_text(_page(" and ".join(names), [content], figures, names), encoding="utf-8")
     data.write_text(json.dumps(to_json(profiles), ensure_ascii=False) + "\n", encoding="utf-8")
-    return [html, data, *(save(plot, output_dir) for plot in figures.values())]
+    return html
 
 
 def _page(

@@ -17,7 +17,7 @@ from edgedisp.core.progress import printable
 from edgedisp.core.results import ANSWERS_TASK, BASE, BASELINE, Estimate, Score, TaskScore
 from edgedisp.core.run import Run
 from edgedisp.report.comparisons import NOT_CLEAR, comparisons, is_loss, is_share
-from edgedisp.report.formatting import MISSING, format_estimate, label, megabytes, significant
+from edgedisp.report.formatting import format_estimate, label, megabytes, significant
 from edgedisp.report.layout import Grid, column_widths, escape_markdown, grid_markdown, grid_text, notes
 
 
@@ -38,11 +38,9 @@ class Metric:
         return f"{self.title}{', ' + self.unit if self.unit else ''} {'↑' if self.higher_is_better else '↓'}"
 
 
-COSTS = (
-    Metric("size_bytes", "size", "MB", 1e-6, False, "cost"),
-    Metric("decode_tokens_per_s", "decode", "tokens/s", 1.0, True, "cost"),
-    Metric("ttft_ms", "first token", "ms", 1.0, False, "cost"),
-)
+SIZE = Metric("size_bytes", "size", "MB", 1e-6, False, "cost")
+SPEED = Metric("decode_tokens_per_s", "decode", "tokens/s", 1.0, True, "cost")
+COSTS = (SIZE, SPEED, Metric("ttft_ms", "first token", "ms", 1.0, False, "cost"))
 
 
 @dataclass(frozen=True)
@@ -185,25 +183,15 @@ def _grid(
 def answers_text(run: Run, width: int = 80) -> str:
     """Exact answers in percent of the base and every arm, a line for each bundle; empty without that task.
     Difference, size and speed are the main arm's: the others have the same graph."""
-    models = [name for name in (BASE, *run.arms) if name in run.measurements]
-    shipped = run.main_arm or run.arms[-1]
-    by_precision = run.comparisons.get(shipped, {})
-    differences = {name: tasks[ANSWERS_TASK] for name, tasks in by_precision.items() if ANSWERS_TASK in tasks}
-    rows = []
-    for precision in (name for name in run.precisions if name in run.bundles.get(shipped, {})):
-        scores = [run.measured(model, precision).scores.get(ANSWERS_TASK) for model in models]
-        if not any(scores):
-            return ""
-        timing = run.latency.timing(f"{shipped}/{precision}") if run.latency else None
-        speed = timing.decode_tokens_per_s if timing else None
-        exact = [format_estimate(score.main.estimate, 100) if score else MISSING for score in scores]
-        if differences:
-            compared = differences.get(precision)
-            exact.append(format_estimate(compared.main.estimate, 100, signs=True) if compared else MISSING)
-        size = megabytes(run.bundles[shipped][precision].size_bytes)
-        rows.append((label(precision), *exact, size, significant(speed.value if speed else None, 3)))
-    head = ("exact answers, %", *models, *([difference(shipped)] if differences else []), "MB", "tokens/s")
-    return grid_text(Grid(head, tuple(rows)), width) if rows else ""
+    whole, shipped = table(run, all_arms=True), run.main_arm or run.arms[-1]
+    exact = next((metric for metric in whole.metrics if metric.key == ANSWERS_TASK), None)
+    rows = [row for row in whole.rows if row.precision in run.bundles.get(shipped, {})]
+    if exact is None or not rows:
+        return ""
+    names = [name for name in whole.columns(exact) if name in (*whole.arms, difference(shipped))]
+    columns = [*((exact, name) for name in names), (SIZE, shipped), (SPEED, shipped)]
+    texts = [(row.label, *(row.text(*column).rstrip("*") for column in columns)) for row in rows]
+    return grid_text(Grid(("exact answers, %", *names, SIZE.unit, SPEED.unit), tuple(texts)), width)
 
 
 def chat_command(run: Run, folder: Path) -> str:

@@ -223,8 +223,7 @@ def merge_section(run: Run) -> Section:
     return section("merge_audit", [grid("merge", rows)], notes=remarks)
 
 
-def _change(record: Json | None) -> Estimate:
-    record = record or {}
+def _change(record: Json) -> Estimate:
     return Estimate(record.get("difference"), record.get("low"), record.get("high"))
 
 

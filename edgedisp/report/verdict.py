@@ -17,10 +17,10 @@ from typing import Any
 from edgedisp.core.files import to_json
 from edgedisp.core.results import ANSWERS_TASK, AS_GIVEN, BASELINE, LOSS_TASK, PUBLISHED_POINTS, Json
 from edgedisp.core.run import Run
-from edgedisp.report.comparisons import BETTER, MEAN, WORSE, Comparison, comparisons, gains, headline
+from edgedisp.report.comparisons import BETTER, MEAN, WORSE, Comparison, comparisons, gains
 from edgedisp.report.formatting import bits, label, plural
 from edgedisp.report.layout import TEXTS, Grid, template
-from edgedisp.report.results_table import COSTS, Metric, Row, Table, table
+from edgedisp.report.results_table import SIZE, SPEED, Metric, Row, Table, table
 
 HELPS, HURTS, NULL = "helps", "hurts", "no measurable difference"
 CANNOT_TELL, SINGLE = "cannot tell at this size", "single arm"
@@ -31,7 +31,6 @@ WIDEST_NULL = 0.02  # nats per token: a wider interval cannot support "no differ
 WIDEST_ANSWERS = 0.05  # the same for the share of exact answers
 NUMBERS = {"documents": FEWEST_DOCUMENTS, "seeds": FEWEST_SEEDS, "nats": WIDEST_NULL}
 NUMBERS |= {"points": PUBLISHED_POINTS, "answers": round(100 * WIDEST_ANSWERS)}
-SIZE, SPEED, _ = COSTS
 RULES = [rule.format(**NUMBERS) for rule in TEXTS["lists"]["rules"]]
 
 
@@ -55,12 +54,6 @@ class Verdict:
     def sentence(self) -> str:
         return " ".join(self.parts)
 
-    @property
-    def by_precision(self) -> str:
-        """`torch fp32: helps; int4: no measurable difference`; empty for a single precision."""
-        texts = [f"{label(name)}: {text}" for name, text in self.per_precision.items()]
-        return "; ".join(texts) if len(texts) > 1 else ""
-
 
 def verdict(run: Run) -> Verdict:
     """What this run shows about its main arm, by `RULES`."""
@@ -70,7 +63,7 @@ def verdict(run: Run) -> Verdict:
         if len(run.arms) == 1:
             text = f"Single arm: only {run.arms[0]} was built, so there is nothing to compare."
         return Verdict(SINGLE, [text])
-    first = headline(rows)
+    first = next((row for row in rows if row.is_headline), None)
     supporting = [row for row in rows if row.arm == arm and not row.is_headline]
     decided, parts = _decide(run, first, supporting)
     parts = [part for part in parts if part]
@@ -189,7 +182,8 @@ def summary(run: Run) -> list[Question]:
         questions.append(Question("cost", _sentence("cost_title", rows[-1].precision), answer, grid=cost))
     result = verdict(run)
     claim, more, *rest = *result.parts, ""
-    rest += [f"By precision: {result.by_precision}."] if result.by_precision else []
+    labels = [f"{label(precision)}: {text}" for precision, text in result.per_precision.items()]
+    rest += [f"By precision: {'; '.join(labels)}."] if len(labels) > 1 else []
     texts = claim, more, " ".join(filter(None, rest))
     return [*questions, Question(result.label, _sentence("helps_title", run), *texts)]
 

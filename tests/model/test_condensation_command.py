@@ -92,7 +92,7 @@ def test_one_sequence_has_no_intervals_and_a_hostile_name_stays_text(
 ) -> None:
     profiles = command.measure([str(tiny_folder["llama"])], None, 1, 16, silent)
     assert "[" not in command.text(profiles, 200)
-    page = write_condensation({"<script>alert(1)</script>": next(iter(profiles.values()))}, tmp_path)[0]
+    page = write_condensation({"<script>alert(1)</script>": next(iter(profiles.values()))}, tmp_path)
     assert "<script" not in page.read_text()
 
 

@@ -12,11 +12,19 @@ from report_sample import CLOZE, LOSS, chat_sample, loss_difference, sample, sev
 
 from edgedisp.core.results import AS_GIVEN, Estimate
 from edgedisp.core.run import Run
-from edgedisp.report import table, table_text, verdict
-from edgedisp.report.comparisons import NOT_CLEAR, comparisons, headline, holm
-from edgedisp.report.results_table import difference
+from edgedisp.report.comparisons import NOT_CLEAR, comparisons, holm
+from edgedisp.report.results_table import difference, table, table_text
 from edgedisp.report.sections import scores_section
-from edgedisp.report.verdict import CANNOT_TELL, FEWEST_DOCUMENTS, HELPS, HURTS, NULL, SINGLE, summary
+from edgedisp.report.verdict import (
+    CANNOT_TELL,
+    FEWEST_DOCUMENTS,
+    HELPS,
+    HURTS,
+    NULL,
+    SINGLE,
+    summary,
+    verdict,
+)
 
 
 def closed_test(ps: list[float]) -> list[float]:
@@ -55,7 +63,7 @@ def test_no_cell_says_better_or_worse_where_the_rule_says_not_clear() -> None:
             assert row.cells[task][difference(arm)].outcome == outcome
         for grid in scores_section(run).grids:
             assert {line[-1] for line in grid.rows} & {"better", "worse"} <= set(outcomes.values())
-        result, first = verdict(run), headline(rows)
+        result, first = verdict(run), next((row for row in rows if row.is_headline), None)
         if result.label in (HELPS, HURTS):
             assert first is not None and first.outcome == {HELPS: "better", HURTS: "worse"}[result.label]
         for precision, label in result.per_precision.items():

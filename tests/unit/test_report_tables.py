@@ -10,19 +10,11 @@ from report_sample import PRECISIONS, device, sample, searched, several_arms
 
 from edgedisp.core.results import ANSWERS_TASK, DeviceResult, Estimate, Score, TaskScore, Timing
 from edgedisp.core.run import Run
-from edgedisp.report import (
-    answers_text,
-    bundle_card,
-    chat_command,
-    devices_text,
-    model_card,
-    table,
-    table_markdown,
-    table_text,
-    verdict,
-)
-from edgedisp.report.devices import on_devices_section
+from edgedisp.report.cards import bundle_card, model_card
+from edgedisp.report.devices import devices_section, devices_text
+from edgedisp.report.results_table import answers_text, chat_command, table, table_markdown, table_text
 from edgedisp.report.sections import fairness_section, merge_section, mixed_section
+from edgedisp.report.verdict import verdict
 
 
 def test_fairness_shows_what_differs_and_folds_what_is_the_same() -> None:
@@ -63,7 +55,7 @@ def test_devices_are_shown_side_by_side_with_their_warnings() -> None:
 
 def test_a_report_shows_what_was_measured_later() -> None:
     run = replace(sample(), devices=[device("adb", 90.0)], devices_outdated=["dispersed/int8 on x"])
-    section = on_devices_section(run)
+    section = devices_section(run.devices, run.devices_outdated)
     assert "128+64" in section.grids[0].rows[0] and "1,800 to 2,400 MHz" in section.facts[0][1]
     assert any("Not shown, as the bundles were made anew" in note for note in section.notes)
 
