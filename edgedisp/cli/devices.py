@@ -63,8 +63,10 @@ def bench(
 
     With --score also score them there, and compare with this machine's scores.
     """
+    from edgedisp.bench.results import label_bundles
     from edgedisp.commands import devices as command
     from edgedisp.core.files import to_json
+    from edgedisp.pipeline.device_results import bundles_by_run
     from edgedisp.report.devices import devices_text
 
     names = device or ["local"]
@@ -74,7 +76,7 @@ def bench(
         remote_python=remote_python,
         tasks=_tasks(score, items, text, tasks_path, trust_task_code),
     )
-    by_run = command.bundles_in_runs(bundles) if report else {}
+    by_run = bundles_by_run(label_bundles(bundles)) if report else {}
     if report and not by_run:
         raise BadInput(f"--report: {bundles[0]} lies in no run folder (RUN/ARM/NAME); take --html or --json")
     with Screen(f"bench on {', '.join(names)}") as screen:

@@ -21,10 +21,9 @@ from edgedisp.core.results import ANSWERS_TASK, AS_GIVEN, BASE, BASELINE, DISPER
 from edgedisp.core.run import Run
 from edgedisp.core.stage_folder import SCORES
 from edgedisp.evaluate.heldout_tasks import SuiteOptions
-from edgedisp.evaluate.task_suite import TaskSuite, expand
+from edgedisp.evaluate.task_suite import TaskSuite, expand, prepare
 from edgedisp.graph.genai_config import context_length
 from edgedisp.pipeline.measure import Scorer
-from edgedisp.pipeline.prepare import make_suite
 from edgedisp.pipeline.run_results import Scored, join, load, read_scored, surroundings
 from edgedisp.recipe import Source
 
@@ -154,7 +153,8 @@ def _suites(folders: Sequence[Path], options: SuiteOptions, text: Path | None) -
         raise BadInput(
             f"--context {options.context}: the models read {most} tokens at most; give --context {most}"
         )
-    suites = [make_suite(folder, documents, replace(options, tasks=tasks)) for folder in folders]
+    tokenizers, options = map(models.load_tokenizer, folders), replace(options, tasks=tasks)
+    suites = [prepare(tokenizer, documents, options) for tokenizer in tokenizers]
     first, second = (
         {(task, question.fingerprint()) for task, group in suite.questions.items() for question in group}
         for suite in suites

@@ -26,7 +26,7 @@ from edgedisp.core.results import DeviceResult, Json
 from edgedisp.data import cache_folder
 from edgedisp.pipeline import device_results
 from edgedisp.pipeline.device_results import BundlesByRun
-from edgedisp.pipeline.run_results import check_runs, show_devices
+from edgedisp.pipeline.run_results import show_devices
 from edgedisp.report.devices import devices_text
 
 if TYPE_CHECKING:  # loads torch
@@ -59,13 +59,6 @@ def time_bundles(
         except BuildFailed as error:  # what the devices gave is shown before it ends the command
             problems.append(f"scores: {error}")
     return timed
-
-
-def bundles_in_runs(bundles: Sequence[Path]) -> BundlesByRun:
-    """The bundles by the run that they lie in. Raises BadInput for a run to which nothing can be added."""
-    by_run = device_results.bundles_by_run(label_bundles(bundles))
-    check_runs(by_run)
-    return by_run
 
 
 def add_to_reports(results: Sequence[DeviceResult], bundles: BundlesByRun) -> None:
@@ -102,7 +95,7 @@ def measure_on_phones(
     Raises BadInput for what the user can mend, KeyboardInterrupt where nothing arrived.
     """
     labels, questions, options = _prepare(bundles, options)
-    by_run = bundles_in_runs(bundles) if phone.report else {}
+    by_run = device_results.bundles_by_run(labels) if phone.report else {}
     for run in sorted(by_run):
         warn(f"What phones measure joins the report of {run} (--no-report: it does not)")
     devices_by_run: dict[str, Json] = {}  # by page load

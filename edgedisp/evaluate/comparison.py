@@ -16,25 +16,9 @@ from typing import Any
 import numpy as np
 from scipy import optimize, stats
 
-from edgedisp.core.results import (
-    Estimate,
-    LossSurvival,
-    MeanDifference,
-    Score,
-    TaskDifference,
-    TaskScore,
-)
+from edgedisp.core.results import Estimate, LossSurvival, MeanDifference, Score, TaskDifference, TaskScore
 from edgedisp.evaluate import statistics
-from edgedisp.evaluate.statistics import (
-    DEFAULT,
-    POWER,
-    Items,
-    Metric,
-    PairedItems,
-    Resampling,
-    combined,
-    with_power,
-)
+from edgedisp.evaluate.statistics import DEFAULT, POWER, Items, Metric, PairedItems, Resampling
 
 
 @dataclass(frozen=True)
@@ -138,13 +122,6 @@ def common_pairs(
     return pairs, reasons
 
 
-def gains(
-    base: Results, trainings: Sequence[Results], resampling: Resampling = DEFAULT
-) -> dict[str, TaskDifference]:
-    """Task -> what an arm's trainings score above the one base that they started from."""
-    return {task: compare_task([(base[task], each[task]) for each in trainings], resampling) for task in base}
-
-
 def mean_difference(
     first: Mapping[str, TaskScore], second: Mapping[str, TaskScore], compared: Mapping[str, TaskDifference]
 ) -> MeanDifference | None:
@@ -175,9 +152,10 @@ def mean_difference(
     )
     seeds = [estimate.seeds.values for estimate in estimates if estimate.seeds is not None]
     if seeds:  # all tasks have the same trainings
-        mean = combined(mean, np.mean(seeds, axis=0).tolist())
+        mean = statistics.combined(mean, np.mean(seeds, axis=0).tolist())
     means = [np.mean([scores[task].main.estimate.value for task in tasks]) for scores in (first, second)]
-    return MeanDifference(float(means[0]), float(means[1]), with_power(mean), tuple(tasks), left_out)
+    mean = statistics.with_power(mean)
+    return MeanDifference(float(means[0]), float(means[1]), mean, tuple(tasks), left_out)
 
 
 def loss_survival(models: Sequence[Sequence[TaskResult]], resampling: Resampling = DEFAULT) -> LossSurvival:

@@ -18,14 +18,7 @@ from numpy.typing import NDArray
 
 from edgedisp.core.errors import BadInput
 from edgedisp.core.hub import one_line
-from edgedisp.models.tokenizer import (
-    Message,
-    bos_id,
-    encode,
-    render_all,
-    render_conversation,
-    special_tokens,
-)
+from edgedisp.models.tokenizer import Message, bos_id, encode, render_all, render_conversation, special_tokens
 
 USER, ANSWER = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Welcome"}
 PROBE, RESULT = "probe_7", "result_7"  # no template writes them by itself
@@ -47,11 +40,10 @@ class ChatFormat:
     tool_role: Literal["template", "user"]
     system: Literal["template", "user"]
 
-    def notes(self, conversations: Sequence[Any] | None = None) -> list[str]:
-        """What the template has no place for, of what these have (None: of all), and where it is written."""
-        present = set(vars(self)) if conversations is None else set[str]()
-        present |= {"tools"} if any(conversation.tools for conversation in conversations or ()) else set()
-        for message in (message for conversation in conversations or () for message in conversation.messages):
+    def notes(self, conversations: Sequence[Any]) -> list[str]:
+        """What the template has no place for, of what these have, and where it is written."""
+        present = {"tools"} if any(conversation.tools for conversation in conversations) else set[str]()
+        for message in (message for conversation in conversations for message in conversation.messages):
             roles = {"tool": "tool_role", "system": "system"}
             present |= {roles.get(message["role"], ""), "tool_calls" if "tool_calls" in message else ""}
         words = {
@@ -64,22 +56,22 @@ class ChatFormat:
 
     def messages(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> list[Message]:
         """Messages that the template can show."""
-        shown: list[Message] = []
+        visible: list[Message] = []
         if tools and self.tools == "system":
             lines = [TOOLS_INTRODUCED, *map(compact, tools)]
             if messages[0]["role"] == "system":
                 lines, messages = [messages[0]["content"], *lines], messages[1:]
-            shown.append({"role": "system", "content": "\n".join(lines)})
+            visible.append({"role": "system", "content": "\n".join(lines)})
         for message in messages:
             if message.get("tool_calls") and self.tool_calls == "json":
                 message = {"role": "assistant", "content": answer_text(self, message)}
             elif message["role"] == "tool" and self.tool_role == "user":
                 message = {"role": "user", "content": message["content"]}
-            shown.append(message)
-        if self.system == "user" and shown[0]["role"] == "system" and len(shown) > 1:
-            content = f"{shown[0]['content']}\n\n{shown[1]['content']}"
-            shown = [{**shown[1], "content": content}, *shown[2:]]
-        return shown
+            visible.append(message)
+        if self.system == "user" and visible[0]["role"] == "system" and len(visible) > 1:
+            content = f"{visible[0]['content']}\n\n{visible[1]['content']}"
+            visible = [{**visible[1], "content": content}, *visible[2:]]
+        return visible
 
 
 class Example(NamedTuple):
@@ -136,16 +128,11 @@ def _probed(tokenizer: Any, template: str) -> ChatFormat:
     )
 
 
-def escape_special_tokens(tokenizer: Any, text: str) -> tuple[str, int]:
-    """The text with a space after the first character of each special token written in it, so that it is read
-    as characters; and how many there were."""
-    return special_tokens(tokenizer).subn(lambda match: f"{match[0][0]} {match[0][1:]}", text)
-
-
 def _escaped(tokenizer: Any, value: Any) -> tuple[Any, int]:
-    """The same for every text in a value of JSON."""
+    """A value of JSON with a space after the first character of each special token written in its texts, so
+    that they are read as characters; and how many there were."""
     if isinstance(value, str):
-        return escape_special_tokens(tokenizer, value)
+        return special_tokens(tokenizer).subn(lambda match: f"{match[0][0]} {match[0][1:]}", value)
     if isinstance(value, dict):
         parts = {key: _escaped(tokenizer, part) for key, part in value.items()}
         return {key: part for key, (part, _) in parts.items()}, sum(count for _, count in parts.values())
@@ -158,9 +145,8 @@ def _escaped(tokenizer: Any, value: Any) -> tuple[Any, int]:
 def _request(
     format: ChatFormat, messages: Sequence[Message], tools: Sequence[Any] | None, is_prompt: bool
 ) -> dict[str, Any]:
-    shown = format.messages(messages, tools)
-    tools = tools if format.tools == "template" else None
-    return {"conversations": [shown], "tools": tools, "add_generation_prompt": is_prompt}
+    visible, tools = format.messages(messages, tools), tools if format.tools == "template" else None
+    return {"conversations": [visible], "tools": tools, "add_generation_prompt": is_prompt}
 
 
 def prompt_ids(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> list[int]:

@@ -8,6 +8,7 @@ processor, phone model, browser (without version) and cores agree.
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -54,13 +55,18 @@ class Stored:
 
 
 def bundles_by_run(bundles: Mapping[str, Path]) -> BundlesByRun:
-    """The bundles (label -> folder) that lie in a run (`RUN/ARM/NAME`)."""
+    """The bundles (label -> folder) that lie in a run (`RUN/ARM/NAME`). Raises BadInput, before anything is
+    measured, for a run that cannot be written, or whose stored results are damaged."""
     by_run: BundlesByRun = {}
     for label, bundle in bundles.items():
         folder = bundle.resolve()
         run = folder.parent.parent
         if (run / RUN).is_file():
             by_run.setdefault(run, {})[label] = folder.relative_to(run).as_posix()
+    for run in by_run:
+        if not os.access(run, os.W_OK):
+            raise BadInput(f"{run}: cannot be written, so no figures can be kept in it")
+        load(run)
     return by_run
 
 

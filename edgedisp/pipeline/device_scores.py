@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from edgedisp import data
+from edgedisp import data, models
 from edgedisp.bench.devices import DeviceTasks
 from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.core.files import check_files, check_writable, file_digest, to_json
@@ -38,10 +38,10 @@ from edgedisp.evaluate.loglikelihood import (
     name_of,
 )
 from edgedisp.evaluate.statistics import Resampling
-from edgedisp.evaluate.task_suite import TaskSuite, check_tasks, expand
+from edgedisp.evaluate.task_suite import TaskSuite, check_tasks, expand, prepare
 from edgedisp.graph.session import scored_model, scored_size
 from edgedisp.pipeline.measure import score_key
-from edgedisp.pipeline.prepare import heldout_documents, make_suite
+from edgedisp.pipeline.prepare import heldout_documents
 
 CONTEXT = 256  # tokens of a held-out window
 HELDOUT = "corpus"  # where a run has the documents that no arm was trained on
@@ -84,7 +84,7 @@ class DeviceQuestions:
         code = tasks.tasks_path, tasks.trust_task_code
         options = SuiteOptions(tasks.tasks, window, tasks.items, tasks.seed, None, *code)
         self.tasks, self.bundles, self.context = tasks, bundles, size.context
-        self.suite = make_suite(first, _documents(tasks, run), options)
+        self.suite = prepare(models.load_tokenizer(first), _documents(tasks, run), options)
         if missing := self.suite.missing:
             raise BadInput(f"--score: {'; '.join(missing.values())}")
         self.items = draw(self.suite, size)
@@ -159,11 +159,7 @@ def score_here(suite: TaskSuite, items: Sequence[Item], model: Any, options: Sco
 
 
 def compare(
-    suite: TaskSuite,
-    items: Sequence[Item],
-    answers: Sequence[Sequence[Answer]],
-    model: Any,
-    here: Here,
+    suite: TaskSuite, items: Sequence[Item], answers: Sequence[Sequence[Answer]], model: Any, here: Here
 ) -> Iterator[Json]:
     """A record for each task: what a device scored, against this machine's `model`, whose scores are `here`.
 

@@ -233,7 +233,7 @@ def task_suite(options: ItemsOptions, inputs: Inputs) -> TaskSuite:
         evaluate.trust_task_code,
         evaluate.answer_tokens,
     )
-    return make_suite(inputs["base"], _question_documents(options, inputs), suite)
+    return prepare(models.load_tokenizer(inputs["base"]), _question_documents(options, inputs), suite)
 
 
 def _question_documents(options: ItemsOptions, inputs: Inputs) -> list[data.Document]:
@@ -245,11 +245,6 @@ def _question_documents(options: ItemsOptions, inputs: Inputs) -> list[data.Docu
     path = data.fetch(str(inputs.files.get(name, name)))
     texts = [document for document in documents if not isinstance(document, data.Conversation)]
     return [*texts, *data.read_documents(path, source)]
-
-
-def make_suite(folder: Path, documents: Sequence[data.Document], options: SuiteOptions) -> TaskSuite:
-    """The questions for models with the tokenizer of `folder`."""
-    return prepare(models.load_tokenizer(folder), documents, options)
 
 
 def items(options: ItemsOptions, inputs: Inputs, output_dir: Path, progress: Progress) -> dict[str, Any]:

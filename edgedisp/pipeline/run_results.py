@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -141,9 +140,10 @@ def _compared(run: Run, folder: Path, resampling: Resampling) -> Run:
         }
     if run.has_base:
         scored[BASE] = read_scored(folder, run, BASE)
-        for arm, at in itertools.product(arms, run.precisions):
-            gained = comparison.gains(scored[BASE][at][0], scored[arm][at], resampling)
-            run.gains.setdefault(arm, {})[at] = gained
+        for arm, at, task in itertools.product(arms, run.precisions, scored[BASE]["torch"][0]):
+            pairs = [(scored[BASE][at][0][task], training[task]) for training in scored[arm][at]]
+            gained = comparison.compare_task(pairs, resampling)
+            run.gains.setdefault(arm, {}).setdefault(at, {})[task] = gained
     models = [name for name in (BASE, *arms) if name in scored]
     results = {f"{name}/{at}": scored[name][at][0] for name in models for at in bundles}
     shipped = f"{run.main_arm or arms[-1]}/{bundles[-1]}"
@@ -299,17 +299,6 @@ def publish(recipe: Recipe, passed: list[Passed], run: Path) -> Run:
             (run / path / "README.md").write_text(card, encoding="utf-8")
         _write(results, run, key)
     return results
-
-
-def check_runs(runs: Iterable[Path]) -> None:
-    """Refuse, before anything is measured, runs to which nothing can be added.
-
-    Raises BadInput for a run that cannot be written, or whose stored results are damaged.
-    """
-    for run in runs:
-        if not os.access(run, os.W_OK):
-            raise BadInput(f"{run}: cannot be written, so no figures can be kept in it")
-        device_results.load(run)
 
 
 def show_devices(run: Path) -> str:

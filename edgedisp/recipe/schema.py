@@ -16,18 +16,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from edgedisp.core.results import ANSWERS_TASK
 from edgedisp.recipe import values
-from edgedisp.recipe.values import (
-    BITS,
-    HELDOUT_TASKS,
-    NUMBER,
-    WHOLE,
-    Flag,
-    Section,
-    ShareBelow1,
-    Text,
-    Unique,
-    choice,
-)
+from edgedisp.recipe.values import BITS, HELDOUT_TASKS, NUMBER, WHOLE, Flag, Section, Text, Unique, choice
 
 LATE_START = 0.85  # SmolLM2-135M, 80k tokens: what training gains over rounding afterwards is lost from 0.5
 
@@ -63,7 +52,7 @@ class Dispersion(Section):
     """tau: a small one looks at the nearest pairs alone"""
     tokens: values.Sample = 64
     """tokens drawn from a sequence, anew for each layer (the paper: 256); all: every one"""
-    clamp: ShareBelow1 = 0.1
+    clamp: values.ShareBelow1 = 0.1
     """cosines are kept in [clamp - 1, 1 - clamp], where arccos is smooth"""
     exclude_sink: Flag = False
     """leave attention sinks out: the first token, and any of 10 times the median norm"""
@@ -82,7 +71,7 @@ class Adapter(Section):
         default_factory=lambda data: 2 * data.get("rank", 16)
     )
     """the update is scaled by alpha / rank; the default is twice the rank"""
-    dropout: ShareBelow1 = 0.0
+    dropout: values.ShareBelow1 = 0.0
     """dropout before the adapter"""
     targets: values.Modules = "auto"
     """adapted modules; auto: every linear layer but the head"""
@@ -119,7 +108,7 @@ class QuantizationAware(Section):
 
     precision: Literal["int8", "int4"]
     """the bundle whose weights training sees, with grid and method of quantize.<precision>"""
-    start: ShareBelow1 | None = None
+    start: values.ShareBelow1 | None = None
     """share of the run before rounding begins; null: 0, with gptq 0.85, as longer training undoes what
     calibration found"""
 
@@ -151,7 +140,7 @@ class Train(Section):
     """sequences in one micro-batch"""
     accumulate: Annotated[int, Ge(1), Le(65536), WHOLE] = 1
     """micro-batches in one optimizer step"""
-    warmup: ShareBelow1 = 0.1
+    warmup: values.ShareBelow1 = 0.1
     """share of the steps over which the learning rate rises"""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """learning rate after warm-up"""

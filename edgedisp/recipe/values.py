@@ -14,15 +14,7 @@ from decimal import Decimal
 from typing import Annotated, Literal, TypeVar, get_args
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ByteSize,
-    ConfigDict,
-    Strict,
-    WithJsonSchema,
-)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, ConfigDict, Strict, WithJsonSchema
 
 from edgedisp.core.files import data_folder
 from edgedisp.core.results import ANSWERS_TASK
