@@ -41,8 +41,8 @@ from transformers import (
     TrainingArguments,
 )
 
+from edgedisp.core.hub import quiet
 from edgedisp.dispersion.losses import DispersionConfig
-from edgedisp.models import quiet
 from edgedisp.recipe import Train
 from edgedisp.train.trainer import FitOptions, PackedDataset, fit
 

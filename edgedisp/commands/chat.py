@@ -52,23 +52,6 @@ class ChatOptions:
     as_json: bool = False
 
 
-@dataclass(frozen=True)
-class Turn:
-    """One answer. reused_tokens: of the prompt, those still in the cache. seconds: of each token, the first
-    with the prompt."""
-
-    text: str
-    prompt_tokens: int
-    reused_tokens: int
-    seconds: tuple[float, ...]
-
-    def speed(self) -> str:
-        """`24 tokens, the first after 34 ms, then 41.2 tokens/s`."""
-        count, decode_s = len(self.seconds), sum(self.seconds[1:])
-        parts = [plural(count, "token"), f"the first after {1000 * self.seconds[0]:.0f} ms"]
-        return ", ".join(parts + ([f"then {(count - 1) / decode_s:.1f} tokens/s"] if decode_s else []))
-
-
 class Conversation:
     """An open bundle and the messages so far.
 
@@ -98,7 +81,6 @@ class Conversation:
         self.tools = app.get("tools")
         if system := app.get("system") if options.system is None else options.system:
             self.messages.append({"role": "system", "content": system})
-        self.turns: list[Turn] = []
         self._open(config["decoder"].get("session_options") or {})
 
     def _open(self, session: dict[str, Any]) -> None:
@@ -135,20 +117,20 @@ class Conversation:
         messages, ids, dropped = fit(messages, self.encode, self.context - self.max_new_tokens)
         if dropped:
             self.note(f"the conversation outgrew {self.context} tokens: forgot {plural(dropped, 'old turn')}")
-        turn, is_stopped = self._generate(ids)
-        if turn.seconds:
-            self.messages = [*messages, {"role": "assistant", "content": turn.text}]
-            self.turns.append(turn)
-            self.note("stopped: " * is_stopped + turn.speed())
+        answer, seconds, is_stopped = self._generate(ids)
+        if seconds:
+            self.messages = [*messages, {"role": "assistant", "content": answer}]
+            self.note("stopped: " * is_stopped + speed(seconds))
         else:
             self.note("stopped before the first token")
 
-    def _generate(self, ids: list[int]) -> tuple[Turn, bool]:
-        """Prefill what is new in `ids`, then stream up to `max_new_tokens` tokens. True: Ctrl-C ended it."""
+    def _generate(self, ids: list[int]) -> tuple[str, list[float], bool]:
+        """Prefill what is new in `ids`, then stream up to `max_new_tokens` tokens. Returns the text, the
+        seconds of each token (of the first with the prompt), and whether Ctrl-C ended it."""
         generator, is_stopped = self.generator, False
         cached = [int(token) for token in generator.get_sequence(0)] if generator.token_count() else []
         prefix = common_prefix(cached, ids)
-        stream, text, shown, seconds = DecodeStream(skip_special_tokens=True), "", 0, list[float]()
+        stream, text, end, seconds = DecodeStream(skip_special_tokens=True), "", 0, list[float]()
         try:
             start = time.perf_counter()
             if cached:
@@ -166,8 +148,8 @@ class Conversation:
                         piece = stream.step(self.tokenizer.backend_tokenizer, token)
                     text += piece or ""
                     if not (self.options.as_json or MAY_BE_CALL.match(text)):
-                        self.write(text[shown:])
-                        shown = len(text)
+                        self.write(text[end:])
+                        end = len(text)
                 start = time.perf_counter()
         except KeyboardInterrupt:  # it comes between calls of the runtime, whose state stays whole
             if not self.options.interruptible:
@@ -177,9 +159,9 @@ class Conversation:
         if self.options.as_json:
             self.write(json.dumps({"text": text, "tool_calls": calls}, ensure_ascii=False))
         elif MAY_BE_CALL.match(text):
-            self.write("\n".join(map(call_text, calls)) or text[shown:])
+            self.write("\n".join(map(call_text, calls)) or text[end:])
         self.write("\n")
-        return Turn(text, len(ids), prefix, tuple(seconds)), is_stopped
+        return text, seconds, is_stopped
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation. BadInput for a template that cannot be rendered, and for bytes that
@@ -189,6 +171,13 @@ class Conversation:
         except UnicodeEncodeError:
             raise BadInput("the message is not text in UTF-8") from None
         return models.prompt_ids(self.tokenizer, messages, self.tools)
+
+
+def speed(seconds: Sequence[float]) -> str:
+    """`24 tokens, the first after 34 ms, then 41.2 tokens/s`."""
+    count, decode_s = len(seconds), sum(seconds[1:])
+    parts = [plural(count, "token"), f"the first after {1000 * seconds[0]:.0f} ms"]
+    return ", ".join(parts + ([f"then {(count - 1) / decode_s:.1f} tokens/s"] if decode_s else []))
 
 
 def tool_calls(text: str) -> list[dict[str, Any]]:

@@ -34,7 +34,7 @@ PROMPTS = ("prompt", "instruction", "question", "query", "input")
 COMPLETIONS = ("completion", "response", "output", "answer")
 WORKS = "`messages` (list of role, content), `conversations` (list of from, value), or prompt and completion"
 UNSEEN = "# architecture: the model_type of the base's config.json, which --smoke needs; not seen here"
-LOOKED_AT, MEASURED, SHOWN = 100, 2000, 5  # rows: for their form, for lengths (evenly chosen), with faults
+LOOKED_AT, MEASURED, FAULTS = 100, 2000, 5  # rows: for their form, for lengths (evenly chosen), with faults
 LONGEST = 4096  # tokens of a suggested context
 LETTERS = 3  # of a token, where there is no tokenizer: rather too long a context than too short
 ROWS_PER_STEP, STEPS = 8, 400  # of a small set; a large one is read once
@@ -137,7 +137,7 @@ def describe(result: Survey, values: Mapping[str, Any]) -> list[str]:
         f"tokens    a row has {low} at least, {middle} median, {high} at 95 %, {longest} at most; "
         f"{learned.sum() / lengths.sum():.0%} are learned",
         *(f"template  {note}" for note in result.notes),
-        *(f"fault     {fault}" for fault in result.faults[:SHOWN]),
+        *(f"fault     {fault}" for fault in result.faults[:FAULTS]),
         f"suggests  LoRA, {', '.join(f'{name} {values[name]}' for name in names)}",
     ]
 

@@ -6,11 +6,7 @@
 Refused: pickled weights, which can run any code; quantized, encoder-decoder and masked models.
 """
 
-from edgedisp.core.hub import quiet as quiet
 from edgedisp.models.chat_template import RENDERER as RENDERER
-from edgedisp.models.conversation import Answer as Answer
-from edgedisp.models.conversation import ChatFormat as ChatFormat
-from edgedisp.models.conversation import Example as Example
 from edgedisp.models.conversation import chat_format as chat_format
 from edgedisp.models.conversation import end_of_turn_ids as end_of_turn_ids
 from edgedisp.models.conversation import example as example
@@ -18,7 +14,6 @@ from edgedisp.models.conversation import examples as examples
 from edgedisp.models.conversation import last_answers as last_answers
 from edgedisp.models.conversation import prompt_ids as prompt_ids
 from edgedisp.models.licence import copy_licence as copy_licence
-from edgedisp.models.licence import read_licence as read_licence
 from edgedisp.models.loading import empty_model as empty_model
 from edgedisp.models.loading import gguf_read_once as gguf_read_once
 from edgedisp.models.loading import load as load
@@ -37,6 +32,5 @@ from edgedisp.models.tokenizer import render_conversation as render_conversation
 from edgedisp.models.tokenizer import rendered_by as rendered_by
 from edgedisp.models.tokenizer import special_tokens as special_tokens
 from edgedisp.models.torch_model import TorchModel as TorchModel
-from edgedisp.models.torch_model import component_of as component_of
 from edgedisp.models.torch_model import context_length as context_length
 from edgedisp.models.torch_model import count_parameters as count_parameters

@@ -18,7 +18,7 @@ from edgedisp.core.errors import BadInput
 from edgedisp.core.files import RECORD
 from edgedisp.core.progress import Progress
 from edgedisp.graph import architectures
-from edgedisp.models import component_of
+from edgedisp.models.torch_model import component_of
 from edgedisp.pipeline.options import BundleRounding
 from edgedisp.pipeline.rounding import grids
 from edgedisp.pipeline.stage import Inputs

@@ -30,7 +30,7 @@ from edgedisp.recipe.recipe import Origin, Recipe
 from edgedisp.recipe.recipe import smoke as shrink
 from edgedisp.recipe.values import Key, near
 
-MOST_BYTES, MOST_SHOWN, DEEPEST = 50_000, 30, 10
+MOST_BYTES, MOST_PROBLEMS, DEEPEST = 50_000, 30, 10
 
 REMOVED = {
     "rescale": "method gptq loses less in less time",
@@ -183,8 +183,8 @@ class Document:
         lines = [_one_line(f"{place}: {key}: {words}") for _, place, key, words in problems]
         if len(lines) == 1:
             raise BadInput(lines[0])
-        numbered = [f"  {number}. {line}" for number, line in enumerate(lines[:MOST_SHOWN], 1)]
-        more = [f"  and {len(lines) - MOST_SHOWN:,} more"] if len(lines) > MOST_SHOWN else []
+        numbered = [f"  {number}. {line}" for number, line in enumerate(lines[:MOST_PROBLEMS], 1)]
+        more = [f"  and {len(lines) - MOST_PROBLEMS:,} more"] if len(lines) > MOST_PROBLEMS else []
         raise BadInput("\n".join([f"{self.name}: {len(lines):,} problems", *numbered, *more]))
 
 

@@ -18,16 +18,12 @@ MISSING = "–"
 
 
 def fixed(value: float | None, decimals: int, sign: str = "") -> str:
-    """`value` with that many decimals and thousands separated; `-0.00` is written `0.00`."""
+    """`value` with that many decimals and thousands separated; `-0.00` is written `0.00`. sign: `+` is
+    written before positive values, too."""
     if value is None:
         return MISSING
     text = f"{value:{sign},.{decimals}f}"
     return text if text.strip("+-0.,") else text.lstrip("+-")
-
-
-def signed(value: float | None, decimals: int) -> str:
-    """Like `fixed`, with `+` for positive values."""
-    return fixed(value, decimals, "+")
 
 
 def significant(value: float | None, digits: int = 4) -> str:
@@ -57,7 +53,7 @@ def estimate_texts(estimate: Estimate, scale: float = 1.0, signs: bool = False) 
 
     signs: for differences, a plus before positive figures.
     """
-    write, value = signed if signs else fixed, estimate.value
+    sign, value = "+" if signs else "", estimate.value
     if value is None:
         return MISSING, "", ""
     if estimate.low is None or estimate.high is None or estimate.half_width is None:
@@ -65,8 +61,8 @@ def estimate_texts(estimate: Estimate, scale: float = 1.0, signs: bool = False) 
         return f"+{text}" if signs and value > 0 else text, "", ""
     half = scale * estimate.half_width
     decimals = decimals_for(half, 2 if abs(scale * value) >= 1 else 4)
-    low, high = (write(scale * limit, decimals) for limit in (estimate.low, estimate.high))
-    return write(scale * value, decimals), f"{low}, {high}", fixed(half, decimals)
+    low, high = (fixed(scale * limit, decimals, sign) for limit in (estimate.low, estimate.high))
+    return fixed(scale * value, decimals, sign), f"{low}, {high}", fixed(half, decimals)
 
 
 def format_estimate(

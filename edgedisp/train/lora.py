@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from edgedisp import models
 from edgedisp.core.errors import BadInput
-from edgedisp.models import quiet
+from edgedisp.core.hub import quiet
 from edgedisp.recipe import Adapter
 from edgedisp.train.quantized_weights import LINEAR
 

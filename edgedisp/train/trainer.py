@@ -33,12 +33,12 @@ from transformers.trainer_callback import TrainerCallback
 from edgedisp.core.distributed import get_world_size, is_main_process, split
 from edgedisp.core.errors import BadInput
 from edgedisp.core.files import list_files, listing_damage, read_json, sealed, write_json
+from edgedisp.core.hub import quiet
 from edgedisp.core.progress import Progress, silent, warn
 from edgedisp.core.results import Training
 from edgedisp.data.packing import PADDING, START, TARGET
 from edgedisp.dispersion.condensation import quick_condensation
 from edgedisp.dispersion.losses import DispersionConfig
-from edgedisp.models import quiet
 from edgedisp.recipe import Train
 from edgedisp.train.chunked_cross_entropy import IGNORED, chunked_head
 from edgedisp.train.dispersion_trainer import DispersionTrainer

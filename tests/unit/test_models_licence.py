@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from edgedisp.models import copy_licence, read_licence
+from edgedisp.models.licence import copy_licence, read_licence
 
 NOTHING = {"license": None, "license_name": None, "license_link": None, "found_in": None, "files": []}
 

@@ -9,7 +9,6 @@ from edgedisp.report.formatting import (
     format_estimate,
     megabytes,
     p_value,
-    signed,
     significant,
     typographic,
 )
@@ -30,7 +29,7 @@ def test_figures_without_an_interval_have_digits_by_their_unit() -> None:
     figures = (None, 0.0123, 0.00042, 14.2, 18201.4, 0.0, 3e7)
     texts = ["–", "0.01230", "0.0004200", "14.20", "18,201", "0.00", "3.00e+07"]
     assert [significant(value) for value in figures] == texts
-    assert (fixed(-0.001, 2), signed(0.001, 2), signed(0.1, 1)) == ("0.00", "0.00", "+0.1")
+    assert (fixed(-0.001, 2), fixed(0.001, 2, "+"), fixed(0.1, 1, "+")) == ("0.00", "0.00", "+0.1")
     assert [p_value(p) for p in (0.0001, 0.0449)] == ["<0.001", "0.045"]
     times = [duration(seconds) for seconds in (0.44, 42.0, 365.0, 7800.0)]
     assert times == ["0.4 s", "42 s", "6 min 05 s", "2 h 10 min"]
