@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer import Argument, Option
+from typer import Option
 from typer.main import get_command
 
 from edgedisp import __version__
 from edgedisp.core.distributed import get_world_size, is_main_process
 from edgedisp.core.errors import BadInput, BuildFailed
-from edgedisp.core.files import check_writable, data_folder
+from edgedisp.core.files import check_writable
 
 INTERRUPTED = 130
 TRACE = "EDGEDISP_TRACE"
@@ -57,12 +57,6 @@ def output_file(option: typer.CallbackParam, path: Path | None) -> Path | None:
     return path
 
 
-RecipeArgument = Annotated[str, Argument(metavar="RECIPE", help="A recipe file or packaged recipe.")]
-SetOption = Annotated[
-    list[str] | None, Option("--set", metavar="KEY=VALUE", help="Override a key: --set train.tokens=10k")
-]
-SmokeOption = Annotated[bool, Option("--smoke", help="A tiny random model of the same architecture.")]
-OutOption = Annotated[Path | None, Option("--out", help="The run folder; default runs/<recipe>-<hash>.")]
 JsonOption = Annotated[bool, Option("--json", help="Print one line of JSON.")]
 TextOption = Annotated[
     Path | None, Option(metavar="FILE", help="Text for held-out tasks; default: the run's.")
@@ -92,21 +86,6 @@ def _main(
             f"{context.invoked_subcommand}: is for one process, but {count} were started; `build` alone "
             "shares its training among several"
         )
-
-
-def load_recipe(recipe: str, overrides: list[str] | None, smoke: bool) -> Any:
-    """The recipe of a file, or the packaged one of that name."""
-    from edgedisp.recipe import load
-
-    path = Path(recipe)
-    if not path.exists() and path.parent == Path():
-        packaged = {file.stem: file for file in sorted(data_folder("recipes").glob("*.yaml"))}
-        name = path.stem if path.suffix in (".yaml", ".yml") else path.name  # `qwen3_0.6b` has no suffix
-        if name not in packaged:
-            names = ", ".join(packaged)
-            raise BadInput(f"{recipe}: no such file, and no packaged recipe of that name (there are {names})")
-        path = packaged[name]
-    return load(path, overrides or (), smoke)
 
 
 def show(document: Any, text: str, as_json: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer import Argument, Option
@@ -12,15 +12,10 @@ from edgedisp.cli.app import (
     LONGEST,
     HtmlOption,
     JsonOption,
-    OutOption,
-    RecipeArgument,
-    SetOption,
-    SmokeOption,
     TasksPathOption,
     TextOption,
     TrustTaskCodeOption,
     app,
-    load_recipe,
     output_file,
     show,
     width,
@@ -32,10 +27,31 @@ from edgedisp.core.progress import Screen
 from edgedisp.core.run import Run
 
 WEIGHTS = "0.03,0.1,0.3,1,3"
+RecipeArgument = Annotated[str, Argument(metavar="RECIPE", help="A recipe file or packaged recipe.")]
+SetOption = Annotated[
+    list[str] | None, Option("--set", metavar="KEY=VALUE", help="Override a key: --set train.tokens=10k")
+]
+SmokeOption = Annotated[bool, Option("--smoke", help="A tiny random model of the same architecture.")]
+OutOption = Annotated[Path | None, Option("--out", help="The run folder; default runs/<recipe>-<hash>.")]
 SubjectsArgument = Annotated[
     list[Path],
     Argument(metavar="RUN...", help="Run folders or report.json files; or two models or bundles."),
 ]
+
+
+def load_recipe(recipe: str, overrides: list[str] | None, smoke: bool) -> Any:
+    """The recipe of a file, or the packaged one of that name."""
+    from edgedisp.recipe import load
+
+    path = Path(recipe)
+    if not path.exists() and path.parent == Path():
+        packaged = {file.stem: file for file in sorted(data_folder("recipes").glob("*.yaml"))}
+        name = path.stem if path.suffix in (".yaml", ".yml") else path.name  # `qwen3_0.6b` has no suffix
+        if name not in packaged:
+            names = ", ".join(packaged)
+            raise BadInput(f"{recipe}: no such file, and no packaged recipe of that name (there are {names})")
+        path = packaged[name]
+    return load(path, overrides or (), smoke)
 
 
 @app.command()

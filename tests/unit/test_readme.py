@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
-from edgedisp.cli.app import app, load_recipe
+from edgedisp.cli.app import app
+from edgedisp.cli.builds import load_recipe
 from edgedisp.recipe import Target, reference
 
 ROOT = Path(__file__).resolve().parents[2]
