@@ -63,9 +63,7 @@ lock: setup-all ## write requirements.lock from what is installed
 # docs/recipe.md is made from the schema, and so is the table of keys that ends docs/bundles.md;
 # tests/unit/test_readme.py notices when one is out of date.
 docs: setup ## write the tables of keys in docs/
-	( echo "# Every key of a recipe"; echo; $(BIN)/python -c "from edgedisp.recipe import reference; print(reference())" ) > docs/recipe.md
-	sed -i '/^| key |/,$$d' docs/bundles.md
-	$(BIN)/python -c "from edgedisp.recipe import Target, reference; print(reference(Target), end='')" >> docs/bundles.md
+	$(BIN)/python docs/key_tables.py
 
 # With the phone page's libraries where `make web` can fetch them; `edgedisp phone` says so where they are missing.
 wheel: setup-all web ## build the wheel

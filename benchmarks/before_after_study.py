@@ -24,7 +24,7 @@ from edgedisp.core.results import BASELINE, LOSS_TASK
 from edgedisp.core.run import Run
 from edgedisp.pipeline.build_plan import build
 from edgedisp.pipeline.run_results import publish
-from edgedisp.recipe import smoke
+from edgedisp.recipe.recipe import smoke
 from edgedisp.report.comparisons import comparisons
 from edgedisp.report.figure import arm_color
 from edgedisp.report.formatting import fixed, megabytes, signed, significant

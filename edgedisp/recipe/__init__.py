@@ -11,16 +11,12 @@ from edgedisp.recipe.data_schema import Source as Source
 from edgedisp.recipe.device_profile import Target as Target
 from edgedisp.recipe.device_profile import load_target as load_target
 from edgedisp.recipe.load import load as load
-from edgedisp.recipe.load import reference as reference
 from edgedisp.recipe.recipe import Recipe as Recipe
-from edgedisp.recipe.recipe import smoke as smoke
 from edgedisp.recipe.schema import Adapter as Adapter
 from edgedisp.recipe.schema import Dispersion as Dispersion
 from edgedisp.recipe.schema import Evaluate as Evaluate
 from edgedisp.recipe.schema import Latency as Latency
 from edgedisp.recipe.schema import Model as Model
-from edgedisp.recipe.schema import QuantizationAware as QuantizationAware
-from edgedisp.recipe.schema import Quantize as Quantize
 from edgedisp.recipe.schema import QuantizeBits as QuantizeBits
 from edgedisp.recipe.schema import Train as Train
 from edgedisp.recipe.values import BITS as BITS

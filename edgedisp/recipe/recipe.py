@@ -93,11 +93,6 @@ class Recipe(Section):
         return self
 
     @property
-    def path(self) -> Path | None:
-        """The file this recipe was read from; None for one made in Python."""
-        return self._origin.path
-
-    @property
     def is_smoke(self) -> bool:
         """True for a recipe that `smoke` made: its base is to be replaced by a tiny random twin."""
         return self._origin.smoke
@@ -111,7 +106,8 @@ class Recipe(Section):
     @property
     def folder(self) -> Path:
         """The folder that relative paths in the recipe start from."""
-        return self.path.parent if self.path else Path()
+        path = self._origin.path
+        return path.parent if path else Path()
 
     @property
     def tokens_per_step(self) -> int:
@@ -184,8 +180,9 @@ def smoke(recipe: Recipe) -> Recipe:
     becomes a tiny random twin, made without opening the base. Raises BadInput without `model.architecture`.
     """
     if recipe.model.architecture is None:
+        place = recipe._origin.path or recipe.name
         raise BadInput(
-            f"{recipe.path or recipe.name}: model.architecture: missing; --smoke builds a tiny twin of it: "
+            f"{place}: model.architecture: missing; --smoke builds a tiny twin of it: "
             "write the model_type of the base's config.json, such as llama, qwen3, gemma3_text or gpt2"
         )
     values = recipe.model_dump()

@@ -25,7 +25,7 @@ from edgedisp.pipeline.size_estimate import check_budget
 from edgedisp.pipeline.stage import Inputs
 from edgedisp.quantize.mixed_precision import find_weights, fisher
 from edgedisp.quantize.onnx_rewrite import quantize_bundle
-from edgedisp.recipe import Quantize
+from edgedisp.recipe.schema import Quantize
 
 TOKENS = np.random.default_rng(0).integers(3, twins.VOCABULARY, (8, 40)).astype(np.uint16)
 IDS = TOKENS.astype(np.int64)

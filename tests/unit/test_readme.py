@@ -7,11 +7,12 @@ import shlex
 from pathlib import Path
 
 import pytest
+from key_tables import reference
 from typer.main import get_command
 
 from edgedisp.cli.app import app
 from edgedisp.cli.builds import load_recipe
-from edgedisp.recipe import Target, reference
+from edgedisp.recipe import Target
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("README.md", "CONTRIBUTING.md", "SECURITY.md")

@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from key_tables import reference
 from ruamel.yaml import YAML
 
 from edgedisp.core.errors import BadInput
 from edgedisp.core.files import data_folder
-from edgedisp.recipe import Dispersion, Recipe, load, reference, smoke
+from edgedisp.recipe import Dispersion, Recipe, load
 from edgedisp.recipe.load import REMOVED
+from edgedisp.recipe.recipe import smoke
 from edgedisp.recipe.values import LAYER_NAMES, VARIANTS, read_number, read_whole
 
 SMALL = """\
@@ -447,7 +449,9 @@ def test_smoke_cuts_what_costs_time_and_leaves_what_is_tried(read: Reader, refus
     text = text.replace("10k", "10M") + train + "evaluate: {tasks: [arc_easy, heldout_cloze]}\n"
     whole = read(text)
     small = smoke(whole)
-    assert small.name == "small-smoke" and small.is_smoke and not whole.is_smoke and small.path == whole.path
+    assert (
+        small.name == "small-smoke" and small.is_smoke and not whole.is_smoke and small.folder == whole.folder
+    )
     assert small.steps == 8 and small.train.checkpoint_every == 4 and small.tokens_per_step == 4 * 2 * 128
     assert small.evaluate.tasks == ("heldout_cloze",) and small.evaluate.limit == 8
     assert all(getattr(small, key) == getattr(whole, key) for key in ("model", "arms", "precisions", "seed"))
