@@ -34,8 +34,7 @@ SetOption = Annotated[
 SmokeOption = Annotated[bool, Option("--smoke", help="A tiny random model of the same architecture.")]
 OutOption = Annotated[Path | None, Option("--out", help="The run folder; default runs/<recipe>-<hash>.")]
 SubjectsArgument = Annotated[
-    list[Path],
-    Argument(metavar="RUN...", help="Run folders or report.json files; or two models or bundles."),
+    list[Path], Argument(metavar="RUN...", help="Run folders or report.json files; or two models or bundles.")
 ]
 
 

@@ -36,9 +36,6 @@ RepetitionsOption = Annotated[int, Option(min=1, max=10_000, help="5 or more, to
 ScoreOption = Annotated[str | None, Option(metavar="T,...", help="Score items of these tasks: heldout ...")]
 ItemsOption = Annotated[int | None, Option(min=20, max=2000, help="Scored items a task; default 200.")]
 ReportOption = Annotated[bool, Option(help="Keep results in the bundles' run and show them in its report.")]
-JsonFileOption = Annotated[
-    Path | None, Option("--out", callback=output_file, help="Write every result to this JSON file.")
-]
 
 
 @app.command()
@@ -134,7 +131,9 @@ def phone(
     tasks_path: TasksPathOption = None,
     trust_task_code: TrustTaskCodeOption = False,
     once: Annotated[bool, Option("--once", help="End after the first complete result.")] = False,
-    out: JsonFileOption = None,
+    out: Annotated[
+        Path | None, Option("--out", callback=output_file, help="Write every result to this JSON file.")
+    ] = None,
     report: ReportOption = True,
     as_json: JsonOption = False,
 ) -> None:

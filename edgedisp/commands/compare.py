@@ -21,13 +21,13 @@ from edgedisp.core.results import ANSWERS_TASK, AS_GIVEN, BASE, BASELINE, DISPER
 from edgedisp.core.run import Run
 from edgedisp.core.stage_folder import SCORES
 from edgedisp.evaluate.heldout_tasks import SuiteOptions
+from edgedisp.evaluate.statistics import DEFAULT
 from edgedisp.evaluate.task_suite import TaskSuite, expand, prepare
 from edgedisp.graph.genai_config import context_length
 from edgedisp.pipeline.measure import Scorer
 from edgedisp.pipeline.run_results import Scored, join, load, read_scored, surroundings
 from edgedisp.recipe import Source
 
-BOOTSTRAP = 2000  # resamples behind each interval
 RESERVED = (BASELINE, DISPERSED, "torch", "bf16", "fp16", "fp32", "int8", "int4")  # no names of models
 
 
@@ -124,8 +124,8 @@ def compare_models(
     scored: dict[str, Scored] = {}
     for arm, folder, label, suite in zip(run.arms, folders, labels, suites):
         scorer, arm_progress = Scorer(folder, physical_cores(), out / SCORES), labelled(progress, label)
-        scored[arm] = {AS_GIVEN: [scorer.score(suite, BOOTSTRAP, arm_progress)]}
-        noise = scorer.noise_floor(suite, BOOTSTRAP, arm_progress)
+        scored[arm] = {AS_GIVEN: [scorer.score(suite, DEFAULT.bootstrap, arm_progress)]}
+        noise = scorer.noise_floor(suite, DEFAULT.bootstrap, arm_progress)
         run.measurements[arm] = {AS_GIVEN: Measurement(noise=noise)}
     join(run, scored)
     if not run.comparisons:

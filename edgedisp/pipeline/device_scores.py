@@ -75,7 +75,9 @@ class DeviceQuestions:
             words = "needs generated text; on a device only likelihoods are scored"
             raise BadInput(f"--score {ANSWERS_TASK}: {words}")
         first = next(iter(bundles.values()))
-        run = _run_of(first)
+        folder = first.resolve().parent.parent  # of RUN/ARM/BUNDLE
+        is_run = all((folder / name).is_file() for name in (RUN, f"{HELDOUT}/heldout.jsonl"))
+        run = folder if is_run else None
         tokenizers = [bundle / "tokenizer.json" for bundle in bundles.values()]
         if len({file_digest(path) if path.is_file() else str(path) for path in tokenizers}) > 1:
             raise BadInput("--score: takes bundles of one tokenizer; score the others by themselves")
@@ -254,9 +256,3 @@ def _documents(tasks: DeviceTasks, run: Path | None) -> list[data.Document]:
         return []
     check_files(run / HELDOUT, "heldout.jsonl")
     return heldout_documents(run / HELDOUT)
-
-
-def _run_of(bundle: Path) -> Path | None:
-    """The run that a bundle lies in, <run>/<arm>/<bundle>."""
-    run = bundle.resolve().parent.parent
-    return run if (run / RUN).is_file() and (run / HELDOUT / "heldout.jsonl").is_file() else None

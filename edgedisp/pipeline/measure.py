@@ -269,15 +269,8 @@ def latency(options: LatencyOptions, inputs: Inputs, output_dir: Path, progress:
     for label, bundle in bundles.items():
         bundle.mkdir(parents=True)
         for_device(inputs[label], bundle, threads=threads)
-    bench = BenchOptions(
-        prompt=section.prompt,
-        generate=section.generate,
-        repetitions=section.repetitions,
-        threads=threads,
-        seed=options.seed,
-        pause_s=section.pause_s,
-    )
-    results = Local(bundles, bench).measure(progress)
+    keys = section.model_dump(include={"prompt", "generate", "repetitions", "pause_s"})
+    results = Local(bundles, BenchOptions(**keys, threads=threads, seed=options.seed)).measure(progress)
     if results.lost:
         raise BuildFailed(f"latency: {results.lost}")
     shutil.rmtree(scratch)

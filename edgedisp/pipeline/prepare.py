@@ -222,17 +222,9 @@ def heldout_documents(corpus: Path) -> list[data.Document]:
 
 def task_suite(options: ItemsOptions, inputs: Inputs) -> TaskSuite:
     """The questions of the recipe's tasks: the same for every arm and precision."""
-    evaluate = options.evaluate
-    suite = SuiteOptions(
-        evaluate.tasks,
-        options.context,
-        evaluate.limit,
-        options.seed,
-        evaluate.perplexity_tokens,
-        inputs.files.get(TASKS_PATH),
-        evaluate.trust_task_code,
-        evaluate.answer_tokens,
-    )
+    keys = {"tasks", "limit", "perplexity_tokens", "trust_task_code", "answer_tokens"}
+    section, tasks_path = options.evaluate.model_dump(include=keys), inputs.files.get(TASKS_PATH)
+    suite = SuiteOptions(**section, context=options.context, seed=options.seed, tasks_path=tasks_path)
     return prepare(models.load_tokenizer(inputs["base"]), _question_documents(options, inputs), suite)
 
 

@@ -24,24 +24,8 @@ from typing import Any
 from filelock import FileLock
 
 from edgedisp.bench.system import runner
+from edgedisp.core import files
 from edgedisp.core.errors import BadInput
-from edgedisp.core.files import (
-    MANIFEST,
-    RECORD,
-    WRONG_SHAPE,
-    check_files,
-    damaged_file,
-    digest,
-    from_json,
-    git_commit,
-    list_files,
-    listed_files,
-    read_json,
-    read_object,
-    sealed,
-    to_json,
-    write_json,
-)
 from edgedisp.core.results import (
     BASE,
     BASELINE,
@@ -54,7 +38,7 @@ from edgedisp.core.results import (
     Training,
 )
 from edgedisp.core.run import Replica, Run, Stage
-from edgedisp.core.stage_folder import RUN, Record, read
+from edgedisp.core.stage_folder import RUN, read
 from edgedisp.evaluate import comparison
 from edgedisp.evaluate.answers import short_prompt, wrong_answers
 from edgedisp.evaluate.comparison import Results
@@ -81,11 +65,11 @@ def run_results(recipe: Recipe, passed: list[Passed]) -> Run:
     arms = sorted((arm.name for arm in recipe.arms), key=lambda arm: (arm != BASELINE, arm != DISPERSED))
     precisions = ["torch", *sorted(recipe.precisions, key=lambda name: -int(name.strip("fpint")))]
     quantized = [name for name in precisions if name not in ("torch", "fp32")]
-    training = {run.name: from_json(Training, records[f"{run.name}/model"]) for run in recipe.arm_runs}
+    training = {run.name: files.from_json(Training, records[f"{run.name}/model"]) for run in recipe.arm_runs}
     untouched = {BASE: UNTRAINED} if recipe.evaluate.measures_base else {}
     folders = {run.name: run.name for run in recipe.arm_runs} | untouched
     measured = {
-        name: {at: from_json(Measurement, records[f"{folder}/measure-{at}"]) for at in precisions}
+        name: {at: files.from_json(Measurement, records[f"{folder}/measure-{at}"]) for at in precisions}
         for name, folder in folders.items()
     }
     base = recipe.model.base
@@ -105,7 +89,9 @@ def run_results(recipe: Recipe, passed: list[Passed]) -> Run:
         training={arm: training[arm] for arm in arms},
         bundles={
             name: {
-                at: from_json(Bundle, {**records[f"{folders[name]}/{at}"], "path": f"{folders[name]}/{at}"})
+                at: files.from_json(
+                    Bundle, {**records[f"{folders[name]}/{at}"], "path": f"{folders[name]}/{at}"}
+                )
                 for at in recipe.precisions
             }
             for name in (*arms, *untouched)
@@ -118,7 +104,7 @@ def run_results(recipe: Recipe, passed: list[Passed]) -> Run:
             if run.replica
         },
         missing_tasks=records["items"]["missing"],
-        latency=from_json(DeviceResult, records["latency"]),
+        latency=files.from_json(DeviceResult, records["latency"]),
         stages=[Stage(step.name, step.record.seconds, step.cached) for step in passed],
         **surroundings(),
     )
@@ -170,8 +156,8 @@ def read_scored(path: Path, run: Run, arm: str) -> Scored:
 
 def read_items(measured: Path) -> Results:
     """The items that a measure stage stored; OSError or ValueError where they are not as they were."""
-    check_files(measured, ITEMS)
-    return from_json(Results, json.loads((measured / ITEMS).read_text(encoding="utf-8")))
+    files.check_files(measured, ITEMS)
+    return files.from_json(Results, json.loads((measured / ITEMS).read_text(encoding="utf-8")))
 
 
 def _loss_survival(
@@ -223,7 +209,7 @@ def surroundings() -> dict[str, Any]:
         "command": shlex.join(["edgedisp", *sys.argv[1:]]),
         "versions": {name: version for name, version in machine.pop("packages").items() if version},
         "machine": machine,
-        "git_commit": git_commit(),
+        "git_commit": files.git_commit(),
     }
 
 
@@ -248,35 +234,31 @@ def load(run: Path) -> Run:
 
 def _read_report(path: Path) -> Run:
     try:
-        document = read_json(path)
+        document = files.read_json(path)
         if document.get("format") != REPORT_FORMAT:
             raise ValueError(f"it is no report of format {REPORT_FORMAT}")
-        return from_json(Run, document["run"])
+        return files.from_json(Run, document["run"])
     except (ValueError, KeyError) as error:
         raise BadInput(f"{path}: cannot be read ({error}); `edgedisp build` writes it again") from None
 
 
 def _outdated(run: Path) -> str | None:
     """Why the report of a run is not that of the stages there; None if it is."""
-    stamp = read_object(run / STAMP)
+    stamp = files.read_object(run / STAMP)
     try:
         stages = dict(stamp["key"]["stages"])
-        if damage := damaged_file(run, {REPORT: listed_files(stamp)[REPORT]}):
+        if damage := files.damaged_file(run, {REPORT: files.listed_files(stamp)[REPORT]}):
             return damage
-    except WRONG_SHAPE:
+    except files.WRONG_SHAPE:
         return "the writing of the report was cut off"
     for name in stages:
-        if not (run / name / RECORD).is_file():
+        if not (run / name / files.RECORD).is_file():
             continue  # removed, to save space
         if (record := read(run / name)) is None:
             return f"the stage {name} is damaged"
-        if stages[name] != _made_from(record):
+        if stages[name] != [record.content, record.seconds]:
             return f"it is older than the stage {name}"
     return None
-
-
-def _made_from(record: Record) -> list[str | float]:
-    return [record.content, record.seconds]
 
 
 # The report in the run folder
@@ -284,18 +266,19 @@ def _made_from(record: Record) -> list[str | float]:
 
 def publish(recipe: Recipe, passed: list[Passed], run: Path) -> Run:
     """Write the report into the run folder unless it is there already, and return the results."""
-    stages = {step.name: _made_from(step.record) for step in passed}
+    stages = {step.name: [step.record.content, step.record.seconds] for step in passed}
     with _lock(run):
         devices, outdated = device_results.load(run)
-        key = {"stages": stages, "recipe": recipe.to_yaml(), "devices": digest([to_json(devices), outdated])}
-        if read_object(run / STAMP) == {"key": key, "files": list_files(run, patterns=FILES)}:
+        digest = files.digest([files.to_json(devices), outdated])
+        key = {"stages": stages, "recipe": recipe.to_yaml(), "devices": digest}
+        if files.read_object(run / STAMP) == {"key": key, "files": files.list_files(run, patterns=FILES)}:
             return _read_report(run / REPORT)
         results = replace(run_results(recipe, passed), devices=devices, devices_outdated=outdated)
         for arm_run in recipe.arm_runs:  # a Hugging Face folder explains itself in its README
             card = model_card(results, arm_run.name)
             (run / arm_run.name / "model" / "README.md").write_text(card, encoding="utf-8")
         for path in (f"{arm}/{target}" for arm in results.arms for target in recipe.targets):
-            card = bundle_card(read_json(run / path / MANIFEST), path, results)
+            card = bundle_card(files.read_json(run / path / files.MANIFEST), path, results)
             (run / path / "README.md").write_text(card, encoding="utf-8")
         _write(results, run, key)
     return results
@@ -311,7 +294,8 @@ def show_devices(run: Path) -> str:
             folder = run / device_results.FOLDER
             return f"{folder}: the report will show it once `edgedisp build` has ended"
         devices, outdated = device_results.load(run)
-        key = {**read_json(run / STAMP)["key"], "devices": digest([to_json(devices), outdated])}
+        digest = files.digest([files.to_json(devices), outdated])
+        key = {**files.read_json(run / STAMP)["key"], "devices": digest}
         _write(replace(_read_report(run / REPORT), devices=devices, devices_outdated=outdated), run, key)
     return f"report: {run / 'report.html'} shows it under On devices"
 
@@ -322,7 +306,7 @@ def _write(results: Run, run: Path, key: dict[str, Any]) -> None:
     (run / STAMP).unlink(missing_ok=True)
     (run / "recipe.lock.yaml").write_text(results.recipe_yaml, encoding="utf-8")
     render.write(results, run)
-    write_json(run / STAMP, sealed({"key": key, "files": list_files(run, patterns=FILES)}))
+    files.write_json(run / STAMP, files.sealed({"key": key, "files": files.list_files(run, patterns=FILES)}))
 
 
 @contextmanager

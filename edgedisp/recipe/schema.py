@@ -176,13 +176,13 @@ class Train(Section):
 class Grid(Section):
     """How quantized weights are stored."""
 
-    group: values.Group = 32
+    group: Annotated[Literal[16, 32, 64, 128, 256], WHOLE] = 32
     """weights that share one scale (and zero point)"""
     symmetric: Flag = False
     """no zero point; at 4 bits small models lose more that way"""
-    accuracy_level: values.AccuracyLevel = 4
+    accuracy_level: Annotated[Literal[0, 1, 4], WHOLE] = 4
     """onnxruntime's arithmetic: 0 and 1 in fp32, 4 in int8, faster but coarser"""
-    head_bits: values.HeadBits = 8
+    head_bits: Annotated[Literal[4, 8], WHOLE] = 8
     """bits of the output head (and of an embedding tied to it)"""
 
 

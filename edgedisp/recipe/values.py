@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal
-from typing import Annotated, Literal, TypeVar, get_args
+from typing import Annotated, Literal, TypeVar
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, ConfigDict, Strict, WithJsonSchema
@@ -214,11 +214,7 @@ Sha256 = Annotated[str, _matching("[0-9a-fA-F]{64}", "64 hexadecimal digits"), A
 Task = Annotated[Text, AfterValidator(_task)]
 TargetName = Annotated[Text, AfterValidator(lambda value: choice(value, target_names()))]
 Precision = Literal["fp32", "int8", "int4"]
-Group = Annotated[Literal[16, 32, 64, 128, 256], WHOLE]
-AccuracyLevel = Annotated[Literal[0, 1, 4], WHOLE]
-HeadBits = Annotated[Literal[4, 8], WHOLE]
 Variant = Literal["angular", "cosine", "l2_repel", "decorrelation", "orthogonalization", "spectral_entropy"]
-VARIANTS = get_args(Variant)
 Layers = Annotated[
     str | tuple[int, ...],
     BeforeValidator(_layers),

@@ -17,8 +17,6 @@ from edgedisp.report.layout import TEXTS
 from edgedisp.report.results_table import Table, difference, table
 
 THICK, THIN = 3.4, 1.7  # the first curve of a panel is thick, to show under others
-Profiles = Mapping[str, Condensation]
-"""Model -> its profile."""
 
 
 def plots(run: Run) -> dict[str, Plot]:
@@ -44,7 +42,7 @@ def plots(run: Run) -> dict[str, Plot]:
 # Condensation
 
 
-def condensation_plots(profiles: Profiles, names: Sequence[str]) -> list[Plot]:
+def condensation_plots(profiles: Mapping[str, Condensation], names: Sequence[str]) -> list[Plot]:
     """Heatmap and layer curves of one model or more; names: of all arms, for their colours."""
     panels = []
     for figure, title in TEXTS["panels"].items():
@@ -66,7 +64,7 @@ def _layer_panel(
     return [Panel(title, curves, "layer")] if curves else []
 
 
-def condensation_heatmap(profiles: Profiles) -> Plot:
+def condensation_heatmap(profiles: Mapping[str, Condensation]) -> Plot:
     """How the cosines of token pairs are spread in each layer, on one scale; the line is their mean."""
     counts = {
         name: np.array([row.histogram for row in profile.layers], dtype=np.float64).T  # [bins, layers]

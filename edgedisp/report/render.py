@@ -81,6 +81,7 @@ def run_sections(run: Run) -> list[Section]:
     ]
     profiles = dict(sections.measured(run, lambda model: model.condensation))
     parity = grid("parity", sections.measured(run, lambda model: model.parity))
+    parameters = [item for item in (run.model.get("parameters") or {}).items() if item[0] != "tied"]
     seconds = [stage.seconds for stage in run.stages]
     stages = grid("stages", [(stage.name, stage) for stage in run.stages], bars=seconds)
     rules = tuple((str(number), rule) for number, rule in enumerate(RULES, 1))
@@ -96,7 +97,7 @@ def run_sections(run: Run) -> list[Section]:
         devices.devices_section(run.devices, run.devices_outdated),
         sections.mixed_section(run),
         section("verify", [parity]),
-        sections.sizes_section(run),
+        section("sizes", [grid("parameters", parameters, bars=[size for _, size in parameters])]),
         section("stages", [stages], notes=notes("stages", run.stages)),
         sections.reproduce_section(run),
         section("limits", [Grid(("", "rule"), rules, "Rules of the verdict")], notes=notes("limits", run)),

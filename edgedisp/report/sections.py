@@ -13,16 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-from edgedisp.core.results import (
-    ANSWERS_TASK,
-    BASE,
-    BASELINE,
-    Condensation,
-    Estimate,
-    Json,
-    Measurement,
-    Training,
-)
+from edgedisp.core.results import ANSWERS_TASK, BASE, BASELINE, Condensation, Estimate, Json, Measurement
 from edgedisp.core.run import Run
 from edgedisp.report import formatting as fmt
 from edgedisp.report.comparisons import comparisons, gains
@@ -64,7 +55,17 @@ def fairness_section(run: Run) -> Section:
         return section("fairness", [grid("runs", joined)], TERMS["joined_runs"], facts=adds)
     about = facts("run", {"model": run.model, "corpus": run.corpus, "sources": sources_text(run.corpus)})
     about += adds
-    by_arm = {arm: _settings(training) for arm, training in run.training.items()}
+    by_arm = {
+        arm: {  # what a fair comparison shares, and the hash of the weights, which differs
+            "trained weights": fmt.short_hash(training.weights_sha256),
+            "loss before the first update": training.first_loss,
+            "steps": training.steps,
+            "tokens": training.tokens,
+            "processes": training.processes,
+            **dict(fmt.leaves(training.settings)),
+        }
+        for arm, training in run.training.items()
+    }
     rows = [
         (key, {arm: fmt.setting(settings.get(key)) for arm, settings in by_arm.items()})
         for key in dict.fromkeys(key for settings in by_arm.values() for key in settings)
@@ -72,18 +73,6 @@ def fairness_section(run: Run) -> Section:
     same = [row for row in rows if len(set(row[1].values())) == 1]
     grids = [grid("differs", [row for row in rows if row not in same]), grid("settings", same)]
     return section("fairness", grids, facts=about, notes=notes("fairness", run))
-
-
-def _settings(training: Training) -> dict[str, Any]:
-    """What a fair comparison shares, and the hash of the weights, which differs."""
-    return {
-        "trained weights": fmt.short_hash(training.weights_sha256),
-        "loss before the first update": training.first_loss,
-        "steps": training.steps,
-        "tokens": training.tokens,
-        "processes": training.processes,
-        **dict(fmt.leaves(training.settings)),
-    }
 
 
 def sources_text(corpus: Json) -> str:
@@ -273,16 +262,7 @@ def search_text(run: Run) -> str:
     return "\n".join(f"int4, {arm}: {notes('search', search)[0]}" for arm, search in searches(run).items())
 
 
-# What ships
-
-
-def sizes_section(run: Run) -> Section:
-    """Where the parameters are."""
-    parameters = [item for item in (run.model.get("parameters") or {}).items() if item[0] != "tied"]
-    return section("sizes", [grid("parameters", parameters, bars=[size for _, size in parameters])])
-
-
-# Times, reproduction, limits
+# Reproduction
 
 
 def reproduce_section(run: Run) -> Section:

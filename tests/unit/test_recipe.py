@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -20,7 +20,7 @@ from edgedisp.core.files import data_folder
 from edgedisp.recipe import Dispersion, Recipe, load
 from edgedisp.recipe.load import REMOVED
 from edgedisp.recipe.recipe import smoke
-from edgedisp.recipe.values import LAYER_NAMES, VARIANTS, read_number, read_whole
+from edgedisp.recipe.values import LAYER_NAMES, Variant, read_number, read_whole
 
 SMALL = """\
 name: small
@@ -484,6 +484,6 @@ def test_choices_and_defaults_of_dispersion_are_those_of_the_dispersion_package(
     from edgedisp.dispersion.losses import LAYER_WORDS, DispersionConfig
     from edgedisp.dispersion.losses import VARIANTS as LOSSES
 
-    assert set(VARIANTS) == set(LOSSES) and LAYER_NAMES == LAYER_WORDS
+    assert set(get_args(Variant)) == set(LOSSES) and LAYER_NAMES == LAYER_WORDS
     for key, value in Dispersion().model_dump(exclude={"seed", "on"}).items():
         assert getattr(DispersionConfig(), key) == value
