@@ -158,15 +158,18 @@ def condensation(
     as_json: JsonOption = False,
 ) -> None:
     """Measure how condensed a model's token vectors are, layer by layer; a bundle's in its own graph."""
-    from edgedisp.commands import condensation as command
+    from edgedisp.commands.condensation import measure
     from edgedisp.core.files import check_writable, to_json
+    from edgedisp.report.layout import grid_text
+    from edgedisp.report.sections import profile_grids
 
     if out:
         check_writable("--out", out)
     with Screen("condensation") as screen:
         names = [model, compare] if compare else [model]
-        profiles = command.measure(names, text, sequences, context, screen.progress)
-    show(to_json(profiles), command.text(profiles, width()), as_json)
+        profiles = measure(names, text, sequences, context, screen.progress)
+    tables = [grid_text(grid, width()) for grid in profile_grids(profiles) if grid.rows]
+    show(to_json(profiles), "\n\n".join(tables), as_json)
     if out:
         from edgedisp.report.render import write_condensation
 

@@ -23,8 +23,6 @@ from edgedisp.core.results import Condensation
 from edgedisp.dispersion.condensation import Profile, measure_model, summary
 from edgedisp.graph.genai_config import context_length
 from edgedisp.pipeline.measure import measure_bundle
-from edgedisp.report.layout import grid_text
-from edgedisp.report.sections import profile_grids
 
 TOKENS_PER_DOCUMENT = 50  # or more, of synthetic text
 
@@ -82,8 +80,3 @@ def _blocks(tokenizer: Any, text: Path | None, sequences: int, context: int) -> 
     if len(blocks) < sequences:
         raise BadInput(f"{name}: holds {len(blocks)} blocks of {context} tokens, not {sequences}")
     return torch.from_numpy(blocks.astype(np.int64))
-
-
-def text(profiles: dict[str, Condensation], width: int) -> str:
-    """The tables for a terminal: all layers of each model, then what differs."""
-    return "\n\n".join(grid_text(grid, width) for grid in profile_grids(profiles) if grid.rows)
