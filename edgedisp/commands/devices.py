@@ -80,7 +80,8 @@ def _prepare(
     from edgedisp.pipeline.device_scores import DeviceQuestions
 
     questions = DeviceQuestions(options.tasks, labels, cache_folder())
-    return labels, questions, replace(options, requests=questions.requests)
+    requests = [item.requests for item in questions.items]
+    return labels, questions, replace(options, requests=dict.fromkeys(labels, requests))
 
 
 def measure_on_phones(

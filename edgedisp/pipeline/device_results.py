@@ -16,24 +16,13 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+from edgedisp.core import files
 from edgedisp.core.errors import BadInput
-from edgedisp.core.files import (
-    MANIFEST,
-    RECORD,
-    digest,
-    from_json,
-    list_files,
-    read_json,
-    read_listing,
-    sealed,
-    to_json,
-    write_json,
-)
 from edgedisp.core.results import DeviceResult, Json
 from edgedisp.core.stage_folder import RUN
 
 FOLDER = "devices"
-UNTIMED = {RECORD, MANIFEST, "README.md", "genai_config.json", "app.json"}
+UNTIMED = {files.RECORD, files.MANIFEST, "README.md", "genai_config.json", "app.json"}
 """Files that may change without changing what is timed; the thread count is in every row."""
 
 BundlesByRun = dict[Path, dict[str, str]]
@@ -48,10 +37,6 @@ class Stored:
     measured: str
     content: str
     result: DeviceResult
-
-    @property
-    def bundle(self) -> str:
-        return self.result.rows[0].label
 
 
 def bundles_by_run(bundles: Mapping[str, Path]) -> BundlesByRun:
@@ -94,7 +79,7 @@ def save(result: DeviceResult, bundles: BundlesByRun) -> list[Path]:
 
 def _write(run: Path, stored: Stored) -> None:
     (row,) = stored.result.rows
-    key = digest([_identity(stored.result), row.label, row.prompt, row.generate, row.threads])
+    key = files.digest([_identity(stored.result), row.label, row.prompt, row.generate, row.threads])
     name = re.sub(r"[^a-z0-9]+", "-", stored.result.device.lower()).strip("-")[:40] or "device"
     file = run / FOLDER / f"{name}-{key[:16]}.json"
     file.parent.mkdir(exist_ok=True)
@@ -103,7 +88,7 @@ def _write(run: Path, stored: Stored) -> None:
             return
         scores = _latest([*old.result.scores, *stored.result.scores])
         stored = replace(stored, result=replace(stored.result, scores=scores))
-    write_json(file, sealed(to_json(stored)))
+    files.write_json(file, files.sealed(files.to_json(stored)))
 
 
 def load(run: Path) -> tuple[list[DeviceResult], list[str]]:
@@ -116,13 +101,13 @@ def load(run: Path) -> tuple[list[DeviceResult], list[str]]:
     devices: dict[str, DeviceResult] = {}
     outdated = []
     for stored in sorted(map(_read, (run / FOLDER).glob("*.json")), key=lambda stored: stored.measured):
-        result, key = stored.result, digest(_identity(stored.result))
-        folder = run / stored.bundle
-        if not folder.is_dir() or _content(folder) != stored.content:
-            outdated.append(f"{stored.bundle} on {result.device}, {stored.measured[:10]}")
+        result, key = stored.result, files.digest(_identity(stored.result))
+        bundle = result.rows[0].label
+        if not (run / bundle).is_dir() or _content(run / bundle) != stored.content:
+            outdated.append(f"{bundle} on {result.device}, {stored.measured[:10]}")
             continue
         before = devices.get(key, DeviceResult(result.device))
-        lost = [f"{stored.bundle}: lost in the middle: {result.lost}"] if result.lost else []
+        lost = [f"{bundle}: lost in the middle: {result.lost}"] if result.lost else []
         devices[key] = replace(
             result,
             rows=sorted([*before.rows, *result.rows], key=lambda row: row.label),
@@ -147,7 +132,7 @@ def _latest(scores: list[Json]) -> list[Json]:
 
 def _read(file: Path) -> Stored:
     try:
-        stored = from_json(Stored, read_json(file))
+        stored = files.from_json(Stored, files.read_json(file))
         if len(stored.result.rows) != 1:
             raise ValueError(f"{len(stored.result.rows)} rows instead of one")
     except ValueError as error:
@@ -165,5 +150,5 @@ def _identity(result: DeviceResult) -> list[object]:
 
 def _content(bundle: Path) -> str:
     """Hash of the files that decide what is timed, by the bundle's own list where it has one."""
-    files = read_listing(bundle) or list_files(bundle)
-    return digest({name: entry["sha256"] for name, entry in files.items() if name not in UNTIMED})
+    listing = files.read_listing(bundle) or files.list_files(bundle)
+    return files.digest({name: entry["sha256"] for name, entry in listing.items() if name not in UNTIMED})

@@ -94,12 +94,6 @@ class DeviceQuestions:
         self.store.parent.mkdir(parents=True, exist_ok=True)
         check_writable("the cache ($EDGEDISP_CACHE)", self.store)
 
-    @property
-    def requests(self) -> dict[str, list[list[Fitted]]]:
-        """Bundle -> items -> requests (context ids, continuation ids), for a device."""
-        requests = [item.requests for item in self.items]
-        return dict.fromkeys(self.bundles, requests)
-
     def facts(self) -> Json:
         """What the scores of all devices have in common."""
         return {"tasks": expand(self.tasks.tasks), "items": self.tasks.items, "seed": self.tasks.seed}
