@@ -31,7 +31,7 @@ SIBLINGS = {("quantize", "graph"), ("data", "recipe"), ("models", "recipe")}
 
 MODULE_LINES, FUNCTION_LINES, PARAMETERS = 350, 60, 6
 # Ceilings of edgedisp with the runner, tests and benchmarks.
-PACKAGE_LINES, PACKAGE_MODULES, TEST_LINES, BENCHMARK_LINES = 23_400, 130, 17_000, 1_700
+PACKAGE_LINES, PACKAGE_MODULES, TEST_LINES, BENCHMARK_LINES = 23_030, 130, 17_000, 1_700
 LONGER = {"export/runner/runner.py"}  # copied to devices as one file
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
