@@ -229,12 +229,8 @@ def compare(
             raise BadInput("these options are for two models; runs are scored already")
         joined, page, last = join_runs(subjects), None, []
     result, table = verdict(joined), results_table.table(joined, all_arms=True)
-    document = {
-        "table": to_json(table),
-        "verdict": result.to_json(),
-        "joined": to_json(joined),
-        "report": page and str(page),
-    }
+    document = {"table": to_json(table), "verdict": result.to_json(), "joined": to_json(joined)}
+    document["report"] = page and str(page)
     figures = results_table.table_markdown(table) if markdown else results_table.table_text(table, width())
     try:
         show(document, "\n\n".join([figures, result.sentence, *last]), as_json)
