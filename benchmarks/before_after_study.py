@@ -27,7 +27,7 @@ from edgedisp.pipeline.run_results import publish
 from edgedisp.recipe.recipe import smoke
 from edgedisp.report.comparisons import comparisons
 from edgedisp.report.figure import arm_color
-from edgedisp.report.formatting import fixed, megabytes, signed, significant
+from edgedisp.report.formatting import fixed, megabytes, significant
 from edgedisp.report.layout import Grid, grid_markdown
 from edgedisp.report.verdict import verdict
 
@@ -90,7 +90,7 @@ def markdown(rows: Rows, verdicts: dict[str, str]) -> str:
     for row in rows:
         texts = ["", "", ""]
         if change := row.get("difference"):
-            difference, low, high = (signed(change[key], 4) for key in ("difference", "low", "high"))
+            difference, low, high = (fixed(change[key], 4, "+") for key in ("difference", "low", "high"))
             texts = [difference, f"{low}, {high}", fixed(change["detectable"], 4)]
         names = (row["training"], row["arm"], row["precision"], megabytes(row["size_bytes"]))
         lines.append((*names, *(significant(row[task]) for task in tasks), *texts, row["survived"]))

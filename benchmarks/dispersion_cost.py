@@ -146,7 +146,7 @@ def gradients(counts: tuple[int, ...] = (32, 64, 128, 256)) -> Result:
             model.zero_grad()
             term = DispersionLoss(DispersionConfig(tokens=tokens))
             with term.watch(model.model):
-                term.begin(first_sequence=first)
+                term.next_sequence = first
                 model.model(ids, use_cache=False)
                 term.loss().backward()
             grads = [weight.grad.flatten() for weight in model.parameters() if weight.grad is not None]

@@ -63,7 +63,7 @@ def served(
     def fail(line: str) -> None:
         raise AssertionError(line)
 
-    with PageServer(plan.resources, plan.read_upload, fail, host) as server:
+    with PageServer(plan.resources, plan.read_upload, fail, (host, 0)) as server:
         yield server, plan
 
 
