@@ -122,9 +122,9 @@ def _score(options: MergeOptions, inputs: Inputs, progress: Progress) -> dict[st
     if adapter.base is not None:
         size = {"blocks": AUDIT_BLOCKS, "tokens": AUDIT_TOKENS}
     blocks = torch.from_numpy(heldout_blocks(corpus, **size))
-    rows = dict[str, list[dict[str, Any]]]()
-    for name, model in _audited(options, inputs):
-        progress(len(rows), 0, f"merge audit: {name}")
+    rows, count = dict[str, list[dict[str, Any]]](), 3 if adapter.base is None else 4
+    for number, (name, model) in enumerate(_audited(options, inputs)):
+        progress(number, count, f"merge audit: {name}")
         rows |= _rows(name, model, options, blocks, corpus)
         del model  # one at a time is in memory
     return rows
