@@ -128,6 +128,13 @@ def pack_rows(
     return tokens, marks
 
 
+def row_positions(is_first: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Where each token stands in its row, from 0. is_first [..., context]: at the first token of a row."""
+    every = np.arange(is_first.shape[-1])
+    first: NDArray[np.int64] = np.maximum.accumulate(np.where(is_first, every, 0), axis=-1)
+    return every - first
+
+
 def training_blocks(
     documents: Sequence[Document],
     encode: Encode,

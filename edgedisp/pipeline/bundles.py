@@ -12,8 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from edgedisp import __version__, data, models
 from edgedisp.bench.system import installed_version
 from edgedisp.core.errors import BuildFailed
@@ -24,7 +22,7 @@ from edgedisp.graph.export import export as export_graph
 from edgedisp.graph.runtime_layouts import arrange, for_device
 from edgedisp.graph.verify import check_layouts
 from edgedisp.pipeline.options import PackageOptions, QuantizeOptions, SearchOptions
-from edgedisp.pipeline.prepare import training_blocks, weights_digest
+from edgedisp.pipeline.prepare import training_text, weights_digest
 from edgedisp.pipeline.rounding import gptq_blocks, outer_method, trained_blocks
 from edgedisp.pipeline.stage import Inputs, results_of
 from edgedisp.quantize.delta_survival import survival
@@ -74,9 +72,9 @@ def quantize_searched(
     """
     int4, bundle, decider = options.int4, inputs["bundle"], inputs.get("decider")
     is_gptq, corpus = int4.method == "gptq", inputs["corpus"]
-    calibration = training_blocks(corpus, int4.calibration_tokens) if is_gptq else None
-    tokens = np.load(corpus / "tokens.npy", mmap_mode="r", allow_pickle=False)
-    arguments = bundle, models.load(inputs["model"]), tokens, calibration, progress
+    text = training_text(corpus)
+    calibration = text.first(int4.calibration_tokens) if is_gptq else None
+    arguments = bundle, models.load(inputs["model"]), text.tokens, calibration, progress
     goal = {"budget": options.budget, "max_perplexity_increase": options.max_perplexity_increase}
     rounding: MixedPrecision
     if decider is None:

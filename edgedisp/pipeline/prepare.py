@@ -21,6 +21,7 @@ from edgedisp.pipeline import chat_corpus
 from edgedisp.pipeline.chat_corpus import Packed
 from edgedisp.pipeline.options import ITEMS, TASKS_PATH, BaseOptions, CorpusOptions, ItemsOptions
 from edgedisp.pipeline.stage import Inputs
+from edgedisp.quantize.calibration import CalibrationText
 from edgedisp.recipe import Data, Source
 from edgedisp.report.formatting import percent, plural
 
@@ -195,10 +196,11 @@ def text_notes(text: Mapping[str, Any], heldout: float, epochs: float) -> list[s
     return [f"text: {line}" for line in lines]
 
 
-def training_blocks(corpus: Path, tokens: int) -> NDArray[Any]:
-    """The first blocks of the training text, with at least `tokens` tokens: unsigned [blocks, context]."""
-    blocks: NDArray[Any] = np.load(corpus / "tokens.npy", mmap_mode="r", allow_pickle=False)
-    return blocks[: -(-tokens // blocks.shape[1])]
+def training_text(corpus: Path) -> CalibrationText:
+    """The training text as it is read, none of it in memory yet."""
+    marks = corpus / chat_corpus.MARKS
+    paths = [corpus / "tokens.npy", *([marks] if marks.is_file() else [])]
+    return CalibrationText(*(np.load(path, mmap_mode="r", allow_pickle=False) for path in paths))
 
 
 def heldout_blocks(corpus: Path, *, blocks: int = 1, tokens: int = 0) -> NDArray[np.int64]:

@@ -14,15 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from edgedisp.core.distributed import is_main_process
 from edgedisp.core.progress import Progress, silent
 from edgedisp.pipeline.options import BundleRounding
-from edgedisp.pipeline.prepare import training_blocks
-from edgedisp.quantize.calibration import calibrated_start, gptq_model, read_weight
+from edgedisp.pipeline.prepare import training_text
+from edgedisp.quantize.calibration import CalibrationText, calibrated_start, gptq_model, read_weight
 from edgedisp.quantize.grid import Blocks, Choice, Grid, Scales, dequantize, in_groups, quantize, round_to
 from edgedisp.recipe import QuantizeBits
 from edgedisp.train.quantized_weights import Rounding, round_weights
@@ -68,12 +67,12 @@ def _blocks(weight: Tensor, scales: Scales, grid: Grid) -> Blocks:
 
 
 def aware_callback(
-    rounding: BundleRounding, start: float, tokens: NDArray[Any], output_dir: Path, progress: Progress
+    rounding: BundleRounding, start: float, text: CalibrationText, output_dir: Path, progress: Progress
 ) -> QuantizationAware:
     """The callback that trains under the bundle's rounding from a share `start` of the run on.
 
-    tokens [blocks, context]: gptq calibrates on the first of them, when rounding begins, and leaves its
-    scales in `output_dir`. A run that is continued reads those again.
+    gptq calibrates on the first blocks of `text`, when rounding begins, and leaves its scales in
+    `output_dir`. A run that is continued reads those again.
     """
     from edgedisp.train.callbacks import QuantizationAware  # the Trainer; a bundle needs none
 
@@ -85,8 +84,8 @@ def aware_callback(
         if continued:
             scales.update(read_scales(output_dir, next(model.parameters()).device))
             return
-        blocks = -(-rounding.section.calibration_tokens // tokens.shape[1])
-        scales.update(calibrated_start(model, tokens[:blocks], grid, progress))
+        calibration = text.first(rounding.section.calibration_tokens)
+        scales.update(calibrated_start(model, calibration, grid, progress))
         if is_main_process():  # all processes calibrate alike
             write_scales(scales, output_dir)
 
@@ -139,7 +138,7 @@ def gptq_blocks(rounding: BundleRounding, model: Any, corpus: Path, progress: Pr
     """Parameter name -> blocks by GPTQ, which rounds `model` in place: the layers, and an lm_head of 4 bits;
     one of 8 bits loses nothing worth the time."""
     grid, outer = grids(rounding)
-    text = training_blocks(corpus, rounding.section.calibration_tokens)
+    text = training_text(corpus).first(rounding.section.calibration_tokens)
     return gptq_model(model, text, grid, head=outer if outer.bits < 8 else None, progress=progress)
 
 

@@ -23,7 +23,7 @@ from edgedisp.core.files import canonical, damaged_file, digest, file_digest, re
 from edgedisp.core.progress import Progress, Screen, silent
 from edgedisp.core.stage_folder import CHECKPOINTS, Record, finish, is_started, read, stage_output
 
-REVISION = 5
+REVISION = 6
 """Raised when stage functions write something else from the same inputs; older runs are then made again."""
 
 HASHES = "file_hashes.json"

@@ -18,9 +18,8 @@ from edgedisp.core.progress import Progress
 from edgedisp.core.stage_folder import CHECKPOINTS
 from edgedisp.dispersion.losses import DispersionConfig
 from edgedisp.pipeline import adapters
-from edgedisp.pipeline.chat_corpus import MARKS
 from edgedisp.pipeline.options import TrainOptions
-from edgedisp.pipeline.prepare import PACKING, heldout_blocks, weights_digest
+from edgedisp.pipeline.prepare import PACKING, heldout_blocks, training_text, weights_digest
 from edgedisp.pipeline.rounding import aware_callback
 from edgedisp.pipeline.stage import Inputs
 from edgedisp.recipe import Dispersion
@@ -43,15 +42,14 @@ def train(options: TrainOptions, inputs: Inputs, output_dir: Path, progress: Pro
     (`train.report_to`) are left in `logs`. Of several processes each takes its share; the first writes.
     """
     arm, section, base, corpus = options.arm, options.train, inputs["base"], inputs["corpus"]
-    tokens = np.load(corpus / "tokens.npy", mmap_mode="r", allow_pickle=False)
-    packing = json.loads((corpus / PACKING).read_text(encoding="utf-8"))
-    marks = np.load(path, mmap_mode="r", allow_pickle=False) if (path := corpus / MARKS).is_file() else None
+    text, packing = training_text(corpus), json.loads((corpus / PACKING).read_text(encoding="utf-8"))
     model = adapters.model_to_train(section.adapter, base, arm.seed)
     callbacks = [TECHNIQUES[name](value, arm.seed) for name, value in arm.techniques.items()]
     if (aware := section.quantization_aware) is not None and options.rounding is not None:
         start = aware.begins(options.rounding.section.method)
-        callbacks.append(aware_callback(options.rounding, start, tokens, output_dir, progress))
+        callbacks.append(aware_callback(options.rounding, start, text, output_dir, progress))
     watched = torch.from_numpy(heldout_blocks(corpus, blocks=WATCHED_SEQUENCES)[:, :WATCHED_TOKENS])
+    tokens, marks = text.tokens, text.marks
     steps = options.steps or len(tokens) // (section.batch * section.accumulate)
     if arm.replica:  # the first seed reads the blocks in the order of the file
         order = np.random.default_rng(arm.seed).permutation(len(tokens))

@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import Progress, silent
+from edgedisp.data.packing import PADDING, START, row_positions
 from edgedisp.dispersion.hooks import decoder_layers
 from edgedisp.quantize.gptq import gptq
 from edgedisp.quantize.grid import Blocks, Grid, Scales, dequantize
@@ -46,28 +47,61 @@ Waves = dict[nn.Module, tuple[list[Any], nn.Module | None]]
 """The first of the maps that read one tensor -> as of `LayerCall.waves`."""
 
 
+@dataclass(frozen=True)
+class CalibrationText:
+    """tokens: unsigned integers [blocks, context]. marks (data/packing.py), of the same shape: rows that are
+    apart, as in training, and padding, which counts for nothing; None: each block is one text."""
+
+    tokens: NDArray[Any]
+    marks: NDArray[np.uint8] | None = None
+
+    def first(self, tokens: int) -> CalibrationText:
+        """The first blocks that have at least so many tokens."""
+        return self[: -(-tokens // self.tokens.shape[1])]
+
+    def __getitem__(self, blocks: slice) -> CalibrationText:
+        return CalibrationText(self.tokens[blocks], None if self.marks is None else self.marks[blocks])
+
+    def inputs(self, model: nn.Module) -> dict[str, Tensor]:
+        """What the model is called with."""
+        arrays = {"input_ids": self.tokens.astype(np.int64)}
+        if self.marks is not None:
+            arrays["position_ids"] = row_positions(self.marks & START != 0)
+        device = next(model.parameters()).device
+        return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+
+    @property
+    def real(self) -> Tensor | None:
+        """Indices of the tokens that are no padding, all blocks end to end; None: all."""
+        if self.marks is None:
+            return None
+        return torch.from_numpy(np.flatnonzero(self.marks & PADDING == 0))
+
+
 @torch.no_grad()
 def gptq_model(
-    model: Any, tokens: NDArray[Any], grids: Grids, *, head: Grid | None = None, progress: Progress = silent
+    model: Any, text: CalibrationText, grids: Grids, *, head: Grid | None = None, progress: Progress = silent
 ) -> dict[str, Blocks]:
     """Round the layers' linear maps of `model` in place by GPTQ, then the output head on the grid `head`.
 
-    tokens: unsigned integers [blocks, context], all real text. Returns parameter name -> blocks. BadInput
-    without tokens.
+    Returns parameter name -> blocks. BadInput without text.
     """
-    blocks = calibrate(model, tokens, grids, progress=progress)
+    blocks = calibrate(model, text, grids, progress=progress)
     if head is not None:
-        output, text = model.get_output_embeddings(), _text(model, tokens)
+        output = model.get_output_embeddings()
         columns = output.weight.shape[1]
         second = torch.zeros(columns, columns, device=output.weight.device)
 
-        def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = _flat(args[0])
-            second.addmm_(x.T, x, alpha=1 / text.numel())
+        def add(real: Tensor | None, module: nn.Module, args: tuple[Any, ...], _: dict[str, Any]) -> None:
+            x = _flat(args[0], real)
+            second.addmm_(x.T, x)
             raise _Stop
 
-        for block in text:
-            _with_hooks([output], read, partial(model, input_ids=block[None], use_cache=False))
+        for index in range(len(text.tokens)):
+            block = text[index : index + 1]
+            run = partial(model, **block.inputs(model), use_cache=False)
+            _with_hooks([output], partial(add, block.real), run)
+        second /= text.tokens.size if text.real is None else len(text.real)
         if output.weight is model.get_input_embeddings().weight:
             second += TIED * second.diagonal().mean() * torch.eye(len(second), device=second.device)
         name = next(name for name, parameter in model.named_parameters() if parameter is output.weight)
@@ -78,28 +112,24 @@ def gptq_model(
 
 @torch.no_grad()
 def calibrated_start(
-    model: nn.Module, tokens: NDArray[Any], grid: Grid, progress: Progress = silent
+    model: nn.Module, text: CalibrationText, grid: Grid, progress: Progress = silent
 ) -> dict[str, Scales]:
     """Where training under GPTQ's rounding starts: puts the latent weights into the layers of `model` and
     returns the scales that round them to the GPTQ-quantized model, by parameter name, on the model's device.
 
-    tokens, BadInput: as of `gptq_model`.
+    BadInput without text.
     """
     latents: dict[str, Tensor] = {}
-    blocks = calibrate(model, tokens, grid, latents, progress)
+    blocks = calibrate(model, text, grid, latents, progress)
     for name, latent in latents.items():
         write_weight(model.get_submodule(name.removesuffix(".weight")), latent)
     return {name: Scales(part.scales.clone(), part.zero_points) for name, part in blocks.items()}
 
 
-def _text(model: nn.Module, tokens: NDArray[Any]) -> Tensor:
-    return torch.from_numpy(np.asarray(tokens, np.int64)).to(next(model.parameters()).device)
-
-
 @torch.no_grad()
 def calibrate(
     model: nn.Module,
-    tokens: NDArray[Any],
+    text: CalibrationText,
     grids: Grids,
     latents: dict[str, Tensor] | None = None,
     progress: Progress = silent,
@@ -108,15 +138,17 @@ def calibrate(
     computation.
 
     latents: gets parameter name -> the latent weight fp32 [out, in], which rounds to the blocks on their
-    scales. tokens: as of `gptq_model`. The model is left in eval mode. BadInput without text.
+    scales. The model is left in eval mode. BadInput without text.
     """
-    if not len(tokens):
+    if not len(text.tokens):
         raise BadInput("no calibration text: at least one block of tokens is needed")
     model.eval()
     blocks: dict[str, Blocks] = {}
     names = {module: f"{name}.weight" for name, module in model.named_modules()}
-    calls, each = layer_calls(model, decoder_layers(model), _text(model, tokens))
-    states = plain = torch.cat(each)  # plain: of the unrounded model
+    layers = decoder_layers(model)
+    calls, states = layer_calls(model, layers, text)
+    samples, sample = layer_calls(model, layers, text[:1])  # what reads what, one block shows
+    plain = states  # of the unrounded model
 
     def round_maps(waves: Waves, unrounded: Inputs, first: nn.Module, inputs: Inputs) -> None:
         """Round the maps that read what `first` is about to read."""
@@ -135,7 +167,8 @@ def calibrate(
 
     for index, call in enumerate(calls):
         progress(index, len(calls), "rounding layer by layer")
-        waves = {modules[0]: (modules, stream) for modules, stream in call.waves(states[:1])}
+        readers_of = samples[index].waves(states[: len(sample)])
+        waves = {modules[0]: (modules, stream) for modules, stream in readers_of}
         readers = {*waves, *(stream for _, stream in waves.values() if stream is not None)}
         unrounded, plain = call.trace(plain, readers)
         _, states = call.trace(states, readers, partial(round_maps, waves, unrounded))
@@ -208,19 +241,21 @@ def _with_hooks(modules: Iterable[nn.Module], hook: Callable[..., None], run: Ca
         run()
 
 
-def _flat(states: Tensor) -> Tensor:
-    """[tokens, features], fp32."""
-    return states.reshape(-1, states.shape[-1]).float()
+def _flat(states: Tensor, real: Tensor | None) -> Tensor:
+    """[tokens, features], fp32, without padding."""
+    rows = states.reshape(-1, states.shape[-1])
+    return (rows if real is None else rows[real.to(rows.device)]).float()
 
 
 @dataclass(frozen=True)
 class LayerCall:
-    """A layer with what it is called with beside its states (rotary positions, mask): the same for all
-    blocks, which are of one length and without padding."""
+    """A layer with what it is called with beside the states of a text: rotary positions, mask. real: as of
+    `CalibrationText`."""
 
     layer: nn.Module
     positional: tuple[Any, ...]
     keywords: dict[str, Any]
+    real: Tensor | None
 
     def __call__(self, state: Tensor) -> Tensor:
         output = self.layer(state, *self.positional, **self.keywords)
@@ -238,7 +273,7 @@ class LayerCall:
         inputs: Inputs = {}
 
         def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            inputs[module] = _flat(args[0])
+            inputs[module] = _flat(args[0], self.real)
             if at is not None:
                 at(module, inputs)
 
@@ -285,21 +320,18 @@ class LayerCall:
 
 
 def layer_calls(
-    model: nn.Module, layers: nn.ModuleList, text: Tensor
-) -> tuple[list[LayerCall], list[Tensor]]:
-    """How the model calls each layer, and the states [1, tokens, features] of each block that reach the first
-    one."""
+    model: nn.Module, layers: nn.ModuleList, text: CalibrationText
+) -> tuple[list[LayerCall], Tensor]:
+    """How the model calls each layer, and the states [blocks, tokens, features] that reach the first one."""
     calls: list[LayerCall] = []
     states: list[Tensor] = []
 
     def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if module is layers[0]:
-            states.append(args[0] if args else kwargs["hidden_states"])
+        states.append(args[0] if args else kwargs["hidden_states"])
+        keywords = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+        calls.append(LayerCall(module, args[1:], keywords, text.real))
         if len(calls) == len(layers):
             raise _Stop
-        keywords = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-        calls.append(LayerCall(module, args[1:], keywords))
 
-    for block in text:
-        _with_hooks(layers, read, partial(model, input_ids=block[None], use_cache=False))
-    return calls, states
+    _with_hooks(layers, read, partial(model, **text.inputs(model), use_cache=False))
+    return calls, states[0]

@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.core.progress import Progress, silent
 from edgedisp.graph.onnx_graph import GRAPH, INLINE_BYTES, PAGE
-from edgedisp.quantize.calibration import gptq_model, read_weight, write_weight
+from edgedisp.quantize.calibration import CalibrationText, gptq_model, read_weight, write_weight
 from edgedisp.quantize.grid import Blocks, Choice, Grid, dequantize
 from edgedisp.quantize.onnx_weights import embedding_and_head, find_uses, read_fp32_graph, read_weight_map
 
@@ -94,7 +94,12 @@ class MixedPrecision:
     """
 
     def __init__(
-        self, source: Path, model: nn.Module, tokens: Tokens, calibration: Tokens | None, progress: Progress
+        self,
+        source: Path,
+        model: nn.Module,
+        tokens: Tokens,
+        calibration: CalibrationText | None,
+        progress: Progress,
     ) -> None:
         self.model, self.calibration = model.eval().requires_grad_(False), calibration
         self.progress, self.blocks, self.weights = progress, text_blocks(tokens), find_weights(source)

@@ -36,7 +36,7 @@ from edgedisp.core.files import list_files, listing_damage, read_json, sealed, w
 from edgedisp.core.hub import quiet
 from edgedisp.core.progress import Progress, silent, warn
 from edgedisp.core.results import Training
-from edgedisp.data.packing import PADDING, START, TARGET
+from edgedisp.data.packing import PADDING, START, TARGET, row_positions
 from edgedisp.dispersion.condensation import quick_condensation
 from edgedisp.dispersion.losses import DispersionConfig
 from edgedisp.recipe import Train
@@ -97,23 +97,19 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         return len(self.tokens)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        ids = torch.from_numpy(self.tokens[index].astype(np.int64))
-        every = torch.arange(len(ids))
-        starts = torch.zeros_like(every)
+        tokens, more = self.tokens[index].astype(np.int64), {}
         if self.marks is not None:
-            marks = torch.from_numpy(self.marks[index].astype(np.uint8))
-            starts = torch.where((marks & START) != 0, every, 0)
-            is_target = (marks & TARGET) != 0
-            mask = is_target if self.disperse_answers else (marks & PADDING) == 0
-            labels, more = ids.where(is_target, IGNORED), {"dispersion_mask": mask}
+            marks = self.marks[index]
+            is_first, is_target = marks & START != 0, marks & TARGET != 0
+            more["dispersion_mask"] = is_target if self.disperse_answers else marks & PADDING == 0
         elif self.end_of_text is not None:
-            starts[1:] = torch.where(ids[:-1] == self.end_of_text, every[1:], 0)
-            labels, more = ids, {}
+            is_first = np.append(True, tokens[:-1] == self.end_of_text)
+            is_target = ~is_first
         else:
-            return {"input_ids": ids, "labels": ids}
-        positions = every - starts.cummax(dim=0).values
-        labels = labels.masked_fill(positions == 0, IGNORED)
-        return {"input_ids": ids, "labels": labels, "position_ids": positions, **more}
+            return {"input_ids": torch.from_numpy(tokens), "labels": torch.from_numpy(tokens)}
+        labels, positions = np.where(is_target, tokens, IGNORED), row_positions(is_first)
+        arrays = {"input_ids": tokens, "labels": labels, "position_ids": positions, **more}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def fit(

@@ -2,48 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import graph_twins as twins
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from edgedisp.core.errors import BadInput
+from edgedisp.data.packing import PADDING, pack_rows
 from edgedisp.dispersion.hooks import decoder_layers
 from edgedisp.quantize import calibration
-from edgedisp.quantize.calibration import LINEAR, RIDGE, calibrate, layer_calls
+from edgedisp.quantize.calibration import LINEAR, RIDGE, CalibrationText, calibrate, layer_calls
 from edgedisp.quantize.grid import Blocks, Grid, dequantize, quantize
 
 GRID = Grid(4, 16, False)
 BLOCKS = torch.randint(0, twins.VOCABULARY, (3, 40), generator=torch.Generator().manual_seed(0))
+TEXT = CalibrationText(BLOCKS.numpy())
 
 
-def inputs(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """A second road: module name -> its input [tokens, features], from one plain pass of the whole model."""
+def inputs(model: nn.Module, names: Iterable[str], texts: Sequence[Tensor] = (BLOCKS,)) -> dict[str, Tensor]:
+    """A second road: module name -> its input [tokens, features], from plain passes of the whole model over
+    each of `texts`."""
     result: dict[str, Tensor] = {}
     modules = {model.get_submodule(name): name for name in names}
 
     def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
-        result[modules[module]] = args[0].reshape(-1, args[0].shape[-1]).double()
+        name, x = modules[module], args[0].reshape(-1, args[0].shape[-1]).double()
+        result[name] = torch.cat([result[name], x]) if name in result else x
 
     handles = [module.register_forward_pre_hook(keep) for module in modules]
     with torch.no_grad():
-        model(input_ids=BLOCKS, use_cache=False)
+        for text in texts:
+            model(input_ids=text, use_cache=False)
     for handle in handles:
         handle.remove()
     return result
 
 
-def second_moments(model: nn.Module) -> dict[str, Tensor]:
+def second_moments(model: nn.Module, texts: Sequence[Tensor] = (BLOCKS,)) -> dict[str, Tensor]:
     """Parameter name -> E[x x^T] of the inputs of every linear map of the layers."""
     layers = decoder_layers(model)
     linear = {module for module in layers.modules() if isinstance(module, LINEAR)}
     names = [name for name, module in model.named_modules() if module in linear]
-    return {f"{name}.weight": (x.T @ x / len(x)).float() for name, x in inputs(model, names).items()}
+    return {f"{name}.weight": (x.T @ x / len(x)).float() for name, x in inputs(model, names, texts).items()}
 
 
 @dataclass
@@ -55,7 +61,9 @@ class Call:
     value: Tensor
 
 
-def rounded(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> dict[str, Call]:
+def rounded(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch, text: CalibrationText = TEXT
+) -> dict[str, Call]:
     """`calibrate`, with rounding to nearest in the place of GPTQ."""
     calls = dict[str, Call]()
 
@@ -67,7 +75,7 @@ def rounded(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> dict[str, Call
         return {name: (blocks[name], weight) for name, weight in weights.items()}
 
     monkeypatch.setattr(calibration, "_round", nearest)
-    calibrate(model, BLOCKS.numpy(), GRID)
+    calibrate(model, text, GRID)
     return calls
 
 
@@ -88,7 +96,24 @@ def test_maps_see_their_quantized_inputs(tmp_path: Path, form: str, monkeypatch:
         expected = calls[name].value if name in calls else untouched.get_parameter(name)
         assert torch.equal(parameter, expected) or torch.equal(parameter.mT, expected)  # Conv1D
     with pytest.raises(BadInput, match="calibration"):
-        calibrate(model, BLOCKS[:0].numpy(), GRID)
+        calibrate(model, TEXT[:0], GRID)
+
+
+@pytest.mark.parametrize("form", ["llama", "qwen3", "gemma3_text", "gpt2"])
+def test_rows_in_one_block_are_calibrated_on_as_if_each_stood_alone(
+    tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(2, twins.VOCABULARY, length, np.uint32) for length in (30, 7, 12, 25, 18)]
+    targets = [(ids, np.ones(len(ids), bool)) for ids in rows]
+    text = CalibrationText(*pack_rows(targets, range(len(rows)), 40, padding=1))
+    assert len(text.tokens) == 3 and (text.marks & PADDING != 0).any()
+    model = twins.make(tmp_path, form)
+    calls = rounded(model, monkeypatch, text)
+    after = second_moments(model, [torch.from_numpy(ids.astype(np.int64))[None] for ids in rows])
+    for name, call in calls.items():
+        atol = 2e-4 * float(after[name].abs().max())
+        torch.testing.assert_close(call.second, after[name], rtol=2e-3, atol=atol)
 
 
 # Whose outputs are added straight to the residual stream; in Gemma a norm lies between, in NeoX's parallel
@@ -106,8 +131,8 @@ def test_the_residual_stream_is_found_by_value(tmp_path: Path, form: str) -> Non
     model = twins.make(tmp_path, form).eval()
     layers = decoder_layers(model)
     with torch.no_grad():
-        calls, states = layer_calls(model, layers, BLOCKS[:1])
-        waves = calls[0].waves(states[0])
+        calls, states = layer_calls(model, layers, TEXT[:1])
+        waves = calls[0].waves(states)
     names = {module: name for name, module in layers[0].named_modules()}
     assert sum(len(modules) for modules, _ in waves) == sum(isinstance(module, LINEAR) for module in names)
     assert {names[modules[0]] for modules, stream in waves if stream is not None} == WRITERS[form]

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.graph.session import OnnxModel
-from edgedisp.quantize.calibration import gptq_model
+from edgedisp.quantize.calibration import CalibrationText, gptq_model
 from edgedisp.quantize.grid import Choice, Grid, dequantize, quantize
 from edgedisp.quantize.onnx_rewrite import quantize_assigned, quantize_bundle
 from edgedisp.quantize.onnx_weights import find_uses, read_fp32_graph
@@ -141,7 +141,8 @@ def test_a_graph_of_gptqs_blocks_agrees_with_the_model(
         Grid(4, 16, False),
         Grid(head_bits, 16, False),
     )
-    by_parameter = gptq_model(model, TOKENS, grid, head=grid if head_bits == 4 else None)
+    text = CalibrationText(TOKENS)
+    by_parameter = gptq_model(model, text, grid, head=grid if head_bits == 4 else None)
     options: dict[str, Any] = {"bits": 4, "group": 16, "head_bits": head_bits, "symmetric": False}
     quantize_bundle(fp32, tmp_path, accuracy_level=0, blocks=by_parameter, **options)
     head = model.get_output_embeddings().weight

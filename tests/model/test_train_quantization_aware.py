@@ -17,7 +17,7 @@ from training import BLOCKS, Interrupt, fit_tiny, flat, open_tiny
 from edgedisp.core.progress import silent
 from edgedisp.pipeline.options import BundleRounding
 from edgedisp.pipeline.rounding import SCALES, aware_callback
-from edgedisp.quantize.calibration import calibrated_start, gptq_model
+from edgedisp.quantize.calibration import CalibrationText, calibrated_start, gptq_model
 from edgedisp.quantize.grid import Grid, dequantize, in_groups, quantize, round_to
 from edgedisp.recipe import Adapter, QuantizeBits
 from edgedisp.train.callbacks import QuantizationAware
@@ -115,7 +115,7 @@ def test_rank_0_writes_gptqs_scales_and_a_continued_run_reads_them_on_the_models
 
     def rounded(step: int) -> Tensor:
         state: Any = SimpleNamespace(global_step=step, max_steps=4)
-        callback = aware_callback(rounding, 0.0, BLOCKS, tmp_path, silent)
+        callback = aware_callback(rounding, 0.0, CalibrationText(BLOCKS), tmp_path, silent)
         callback.on_train_begin(None, state, None, model=model)
         callback.on_step_begin(None, state, None, model=model)
         weights = flat(model)
@@ -163,8 +163,9 @@ def test_a_calibrated_start_is_the_model_that_gptq_makes(
     tiny_folder: dict[str, Path], architecture: str
 ) -> None:
     started, calibrated = open_tiny(tiny_folder[architecture]), open_tiny(tiny_folder[architecture])
-    scales = calibrated_start(started, BLOCKS[:8], LAYERS)
-    gptq_model(calibrated, BLOCKS[:8], LAYERS)
+    text = CalibrationText(BLOCKS[:8])
+    scales = calibrated_start(started, text, LAYERS)
+    gptq_model(calibrated, text, LAYERS)
 
     def on_scales(name: str, weight: Tensor) -> Tensor:
         groups, columns = in_groups(weight, LAYERS.group), weight.shape[1]
