@@ -78,13 +78,20 @@ console.log(answer.generated_text);""",
 
 
 def for_device(
-    bundle: Path, output_dir: Path, *, threads: int, context: int | None = None, last_logits: bool = True
+    bundle: Path,
+    output_dir: Path,
+    *,
+    threads: int,
+    context: int | None = None,
+    last_logits: bool = True,
+    link: bool = False,
 ) -> dict[str, Any]:
     """Write `bundle` (graph and weights at its top) for a device into the empty folder `output_dir`.
 
-    Logits within the context do not change. `context` None: the bundle's. Returns {threads, context}, the
-    smaller of `context` and the bundle's. BadInput for less than one thread or position, or where there is
-    no bundle.
+    Logits within the context do not change. `context` None: the bundle's. link: a hard link in the place of a
+    copy of the weights, where the file system can: for a folder that nobody writes to. Returns {threads,
+    context}, the smaller of `context` and the bundle's. BadInput for less than one thread or position, or
+    where there is no bundle.
     """
     if context is not None and context < 1:
         raise BadInput(f"context is {context}; at least 1 position is needed")
@@ -95,7 +102,7 @@ def for_device(
             shutil.copyfile(path, output_dir / path.name)
     if positions < available:
         device_graph.cut_positions(model.graph, output_dir, available - positions)
-    else:
+    elif not (link and _link(bundle / DATA, output_dir / DATA)):
         shutil.copyfile(bundle / DATA, output_dir / DATA)
     if last_logits:
         device_graph.keep_last(model.graph)
@@ -110,6 +117,15 @@ def for_device(
     if positions < available or not (output_dir / APP).is_file():
         write_app(output_dir, read_json(output_dir / APP), positions)
     return {"threads": threads, "context": positions}
+
+
+def _link(source: Path, target: Path) -> bool:
+    """Whether `target` is now a second name of the file."""
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        return False
+    return True
 
 
 def arrange(

@@ -268,7 +268,7 @@ def latency(options: LatencyOptions, inputs: Inputs, output_dir: Path, progress:
     bundles = {label: scratch / label.replace("/", "-") for label in inputs}
     for label, bundle in bundles.items():
         bundle.mkdir(parents=True)
-        for_device(inputs[label], bundle, threads=threads)
+        for_device(inputs[label], bundle, threads=threads, link=True)
     keys = section.model_dump(include={"prompt", "generate", "repetitions", "pause_s"})
     results = Local(bundles, BenchOptions(**keys, threads=threads, seed=options.seed)).measure(progress)
     if results.lost:
