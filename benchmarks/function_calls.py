@@ -3,7 +3,7 @@
     python benchmarks/function_calls.py --train rows.jsonl --answers rows.jsonl [--seeds 3] [--out FOLDER]
 
 Builds the recipe home_commands_smollm2_135m on chat rows of your own (an ordinary build: an interrupted one
-continues) and writes the share of exact calls, in percent, to results/function_calls.json.
+continues) and writes the share of exact calls, in percent, to results/function_calls<suffix>.json.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("runs/function_calls"))
     parser.add_argument("--set", action="append", default=[], help="any other key of the recipe")
+    parser.add_argument("--suffix", default="", help="of the results' name, for another model: _gemma3_270m")
     options = parser.parse_args()
     settings = [
         "name=function_calls",
@@ -72,7 +73,7 @@ def main() -> None:
     rate = "generate_rate_ratio_transformers"  # measured by generate_rate.py, on the quickstart's commands
     figures[rate] = json.loads((RESULTS / "generate_rate.json").read_text())["figures"][rate]
     details = {"seeds": run.seeds, "tokens": run.training[run.arms[0]].tokens, "differences": differences}
-    write("function_calls", figures, rows, **details, verdict=verdict(run).sentence)
+    write("function_calls", figures, rows, suffix=options.suffix, **details, verdict=verdict(run).sentence)
 
 
 if __name__ == "__main__":
