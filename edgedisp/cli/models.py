@@ -181,12 +181,12 @@ def export(
     model: Annotated[Path, Argument(metavar="MODEL", help="A Hugging Face folder.")],
     target: Annotated[str, Option(help="Device profile: a name or a file.")] = "laptop-x64",
     layouts: Annotated[
-        str | None, Option(metavar="L,...", help="onnxruntime-genai, transformers.js, optimum.")
+        str | None, Option(metavar="L,...", help="onnxruntime-genai, transformers.js, optimum, gguf.")
     ] = None,
     out: Annotated[Path | None, Option("--out", help="Default: MODEL-TARGET beside it.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Export a model folder to an ONNX bundle for a device, in the layouts of its runtimes."""
+    """Export a model folder to a bundle for a device, in the layouts of its runtimes."""
     from edgedisp.commands.export import export_bundle
 
     bundle = out or model.resolve().with_name(f"{model.resolve().name}-{Path(target).stem}")

@@ -63,15 +63,15 @@ def export_bundle(
         grid = export_graph(opened, fp32, threads=threads, max_context=target.context, progress=progress)
         bundle = fp32 if target.precision == "fp32" else quantized
         if bundle is quantized:
-            options = target.quantize.model_dump()
-            grid = quantize_bundle(fp32, bundle, bits=BITS[target.precision], **options, progress=progress)
+            fields = target.quantize.model_dump()
+            grid = quantize_bundle(fp32, bundle, bits=BITS[target.precision], **fields, progress=progress)
         text = data.synthetic_documents(1, seed=0)[0].text
         ids = models.encode(tokenizer, text)
         checked = check_bundle(OnnxModel(bundle, threads), [ids[:8], ids[:24]], texts=[text])
         target = target.model_copy(update={"layouts": [name for name in LAYOUTS if name in names]})
-        record = write_package(
-            PackageOptions(target, threads, provenance_of(folder)), grid, bundle, folder, package
-        )
+        options = PackageOptions(target, threads, provenance_of(folder))
+        folders = {"model": opened, "licence_dir": folder, "output_dir": package}
+        record = write_package(options, grid, bundle, **folders)
         card = bundle_card(read_json(package / MANIFEST), out.name)
         (package / CARD).write_text(card, encoding="utf-8")
         package.rename(out)

@@ -1,4 +1,5 @@
 """A bundle for one kind of device: one folder that three runtimes open, with its weights stored once.
+Layout gguf adds a file of its own for llama.cpp (quantize/gguf_file.py), or stands alone.
 
     bundle/
       genai_config.json                        onnxruntime-genai
@@ -32,8 +33,9 @@ from edgedisp.graph.app_contract import write_app
 from edgedisp.graph.genai_config import GENAI_CONFIG, LENGTHS, context_length, set_threads
 from edgedisp.graph.onnx_graph import DATA, GRAPH, WEIGHT_MAP, move_weights, read_graph, to_bytes
 
-GENAI, WEB, OPTIMUM = "onnxruntime-genai", "transformers.js", "optimum"
-LAYOUTS = (GENAI, WEB, OPTIMUM)
+GENAI, WEB, OPTIMUM, GGUF = "onnxruntime-genai", "transformers.js", "optimum", "gguf"
+LAYOUTS = (GENAI, WEB, OPTIMUM, GGUF)
+GGUF_FILE = "model.gguf"
 NOT_COPIED = ("record.json", "manifest.json", "README.md", WEIGHT_MAP, GRAPH, DATA)
 WEB_BYTES = 4_000_000_000  # of memory: WebAssembly reaches 4 GiB
 
@@ -73,6 +75,11 @@ env.localModelPath = parent; // folder or address that holds the bundle's folder
 const generate = await pipeline("text-generation", name, { dtype: "$DTYPE" });
 const [answer] = await generate(text, { max_new_tokens: 48, do_sample: false });
 console.log(answer.generated_text);""",
+    GGUF: """\
+from llama_cpp import Llama  # package llama-cpp-python; or: llama-cli -m model.gguf
+
+model = Llama(f"{folder}/model.gguf", n_ctx=0)
+print(model(text, max_tokens=48, temperature=0)["choices"][0]["text"])""",
 }
 """How each runtime opens a bundle. `folder`, `parent`, `name` and `text` are the reader's to fill in."""
 
@@ -131,7 +138,8 @@ def _link(source: Path, target: Path) -> bool:
 def arrange(
     bundle: Path, layouts: Sequence[str], precision: str, browser: bool = False
 ) -> dict[str, dict[str, Any]]:
-    """Turn a bundle (graph and weights at its top) into one of the `layouts`, in place.
+    """Turn a bundle (graph and weights at its top) into one of the `layouts`, in place; where none of them
+    reads an ONNX graph, there is none.
 
     `browser`: the graph of transformers.js runs in WebAssembly, so its products are unfolded where they fit.
 
@@ -147,12 +155,15 @@ def arrange(
         for name in LAYOUTS
         if name in layouts
     }
+    if GGUF in layouts:
+        entries[GGUF] |= {"graph": GGUF_FILE, "weights": GGUF_FILE}
     if WEB in layouts:
         entries[WEB] |= {"graph": web, **_write_web(bundle, bundle / web, dtype, browser)}
     if GENAI not in layouts:
         (bundle / GENAI_CONFIG).unlink()
     if GENAI not in layouts and OPTIMUM not in layouts:
         (bundle / GRAPH).unlink()
+        (bundle / DATA).unlink(missing_ok=True)
     return entries
 
 

@@ -27,6 +27,7 @@ from edgedisp.core.files import APP, read_json, write_json
 from edgedisp.graph.device_graph import has_packed_products
 from edgedisp.graph.genai_config import GENAI_CONFIG, TOKENIZER_FILES
 from edgedisp.graph.onnx_graph import GRAPH, read_graph
+from edgedisp.graph.runtime_layouts import GGUF
 from edgedisp.graph.session import Logits, OnnxModel, at_accuracy_level
 from edgedisp.models import Message
 from edgedisp.models.conversation import CALL, TOOL, USER
@@ -274,7 +275,7 @@ def check_layouts(
     """
     row, is_packed = np.array([ids], np.int64), has_packed_products(read_graph(bundle / GRAPH).graph)
     measured = OnnxModel(bundle, threads)(row, np.ones_like(row))[0]
-    for name in sorted({entry["graph"] for entry in layouts.values()}):
+    for name in sorted({entry["graph"] for layout, entry in layouts.items() if layout != GGUF}):
         values, reference = OnnxModel(arranged, threads, name)(row, np.ones_like(row))[0], measured
         if is_packed and not has_packed_products(read_graph(arranged / name).graph):
             exact = OnnxModel(bundle, threads, at_accuracy_level(bundle, 0))

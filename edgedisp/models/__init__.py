@@ -28,6 +28,7 @@ from edgedisp.models.tokenizer import document_encoder as document_encoder
 from edgedisp.models.tokenizer import encode as encode
 from edgedisp.models.tokenizer import end_of_text_id as end_of_text_id
 from edgedisp.models.tokenizer import load_tokenizer as load_tokenizer
+from edgedisp.models.tokenizer import read_config as read_config
 from edgedisp.models.tokenizer import render_conversation as render_conversation
 from edgedisp.models.tokenizer import rendered_by as rendered_by
 from edgedisp.models.tokenizer import special_tokens as special_tokens

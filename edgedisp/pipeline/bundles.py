@@ -19,13 +19,14 @@ from edgedisp.core.files import MANIFEST, file_digest, git_commit, list_files, r
 from edgedisp.core.progress import Progress
 from edgedisp.core.stage_folder import RUN, read
 from edgedisp.graph.export import export as export_graph
-from edgedisp.graph.runtime_layouts import arrange, for_device
+from edgedisp.graph.runtime_layouts import GGUF, GGUF_FILE, arrange, for_device
 from edgedisp.graph.verify import check_layouts
 from edgedisp.pipeline.options import PackageOptions, QuantizeOptions, SearchOptions
 from edgedisp.pipeline.prepare import training_text, weights_digest
 from edgedisp.pipeline.rounding import gptq_blocks, outer_method, trained_blocks
 from edgedisp.pipeline.stage import Inputs, results_of
 from edgedisp.quantize.delta_survival import survival
+from edgedisp.quantize.gguf_file import write_gguf
 from edgedisp.quantize.mixed_precision import MixedPrecision, Search, assignment_of
 from edgedisp.quantize.onnx_rewrite import quantize_assigned, quantize_bundle
 from edgedisp.recipe.recipe import hash8
@@ -127,13 +128,21 @@ def package(options: PackageOptions, inputs: Inputs, output_dir: Path, progress:
     digests = {"data_sha256": results_of(inputs["corpus"])["tokens_sha256"]}
     digests["weights_sha256"] = weights_digest(inputs["model"])
     options = replace(options, origin={**options.origin, **digests})
-    return write_package(options, results_of(inputs["bundle"]), inputs["bundle"], inputs["base"], output_dir)
+    folders = {"model": inputs["model"], "licence_dir": inputs["base"], "output_dir": output_dir}
+    return write_package(options, results_of(inputs["bundle"]), inputs["bundle"], **folders)
 
 
 def write_package(
-    options: PackageOptions, grid: Mapping[str, Any], bundle: Path, licence_dir: Path, output_dir: Path
+    options: PackageOptions,
+    grid: Mapping[str, Any],
+    bundle: Path,
+    *,
+    model: Path,
+    licence_dir: Path,
+    output_dir: Path,
 ) -> dict[str, Any]:
-    """Write `bundle` for a device into the empty folder `output_dir`; the licence lies in `licence_dir`.
+    """Write `bundle`, made from `model`, for a device into the empty folder `output_dir`; the licence lies in
+    `licence_dir`.
 
     grid: the record of its quantization. `manifest.json` says all that someone needs who has nothing but the
     folder: every file with its size and SHA-256 (but README.md, the card, which may be written later), the
@@ -145,6 +154,9 @@ def write_package(
     device = for_device(bundle, output_dir, threads=threads, context=target.context, last_logits=last)
     is_browser = target.architecture == "wasm32"
     layouts = arrange(output_dir, target.layouts, target.precision, browser=is_browser)
+    if GGUF in layouts:
+        by_tensor = grid.get("by_tensor", ())
+        write_gguf(model, bundle, by_tensor, output_dir / GGUF_FILE, device["context"])
     ids = models.encode(models.load_tokenizer(bundle), data.synthetic_documents(1, seed=0)[0].text)
     check_layouts(output_dir, layouts, bundle, ids[: min(COMPARED_TOKENS, device["context"])], threads)
     licence = models.copy_licence(licence_dir, output_dir)

@@ -22,7 +22,17 @@ from edgedisp.core.progress import Progress, silent
 from edgedisp.pipeline.options import BundleRounding
 from edgedisp.pipeline.prepare import training_text
 from edgedisp.quantize.calibration import CalibrationText, calibrated_start, gptq_model, read_weight
-from edgedisp.quantize.grid import Blocks, Choice, Grid, Scales, dequantize, in_groups, quantize, round_to
+from edgedisp.quantize.grid import (
+    Blocks,
+    Choice,
+    Grid,
+    Scales,
+    dequantize,
+    in_groups,
+    quantize,
+    round_to,
+    uniform_grids,
+)
 from edgedisp.recipe import QuantizeBits
 from edgedisp.train.quantized_weights import Rounding, round_weights
 
@@ -35,9 +45,8 @@ SLICE_VALUES = 1 << 22  # weight values rounded at a time: 16 MB of fp32, and a 
 
 def grids(rounding: BundleRounding) -> tuple[Grid, Grid]:
     """Of the layers' linear maps, and of the embedding and the lm_head."""
-    bits, section = rounding.bits, rounding.section
-    outer = Grid(section.head_bits, section.group, section.symmetric)
-    return Grid(bits, section.group, section.symmetric), outer
+    section = rounding.section
+    return uniform_grids(rounding.bits, section.group, section.symmetric, section.head_bits)
 
 
 def outer_method(section: QuantizeBits) -> str:

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from edgedisp.core.progress import Progress, silent
 from edgedisp.graph.onnx_graph import GRAPH, read_graph
-from edgedisp.quantize.grid import Blocks, Grid, Packed, Scales, in_groups, inverse, round_to, unpack
-from edgedisp.quantize.onnx_weights import find_uses, read_tensor, read_weight_map
+from edgedisp.quantize.grid import Blocks, Grid, Scales, in_groups, inverse, round_to
+from edgedisp.quantize.onnx_weights import find_uses, read_blocks, read_weight_map
 
 COMPARED_VALUES = 1 << 22  # values compared at a time
 
@@ -56,10 +56,7 @@ def survival(
         trained, *references = (
             origins[name].weight(models[model], uses[name][0].rows_first) for model in ("trained", *sums)
         )
-        parts = [f"{name}.q{grid.bits}", f"{name}.scales.fp16", f"{name}.zero_points"]
-        data, scales, *points = (read_tensor(stored[part].const_value) for part in parts if part in stored)
-        data = data.reshape(*scales.shape, -1)
-        blocks = unpack(Packed(data, scales, points[0] if points else None, trained.shape[1]), grid)
+        blocks = read_blocks(stored, name, grid, trained.shape[1])
         for reference, weight in zip(sums, references):
             sums[reference][name] = compare(trained, weight, blocks, grid)
     results = {}

@@ -19,7 +19,7 @@ from edgedisp.core.errors import BuildFailed
 from edgedisp.core.progress import Progress, silent
 from edgedisp.graph.export import size_and_nodes
 from edgedisp.graph.onnx_graph import DATA, GRAPH, PACKED, PACKED_GATHER, NewNodes, TensorStore, to_bytes
-from edgedisp.quantize.grid import Blocks, Choice, Grid, pack
+from edgedisp.quantize.grid import Blocks, Choice, Grid, pack, uniform_grids
 from edgedisp.quantize.onnx_weights import (
     Use,
     embedding_and_head,
@@ -60,10 +60,8 @@ def quantize_bundle(
     """
     options = BundleOptions(**fields)
     uses = find_uses(read_fp32_graph(source).graph)
-    layers, outer = (
-        Choice(Grid(bits, options.group, options.symmetric), options.method)
-        for bits in (options.bits, options.head_bits)
-    )
+    grids = uniform_grids(options.bits, options.group, options.symmetric, options.head_bits)
+    layers, outer = (Choice(grid, options.method) for grid in grids)
     assignment = dict.fromkeys(uses, layers) | dict.fromkeys(embedding_and_head(uses), outer)
     level = options.accuracy_level
     record = quantize_assigned(

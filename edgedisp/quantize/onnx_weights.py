@@ -7,7 +7,7 @@ which torch parameters a weight is made of.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor
 from edgedisp.core.errors import BadInput
 from edgedisp.core.files import read_json
 from edgedisp.graph.onnx_graph import GRAPH, PACKED, PACKED_GATHER, WEIGHT_MAP, find_head, read_graph
-from edgedisp.quantize.grid import Blocks, concatenate
+from edgedisp.quantize.grid import Blocks, Grid, Packed, concatenate, unpack
 
 
 def read_fp32_graph(bundle: Path) -> ir.Model:
@@ -42,6 +42,14 @@ def read_tensor(tensor: Any) -> NDArray[Any]:
         return np.array(tensor.numpy())
     values = np.fromfile(tensor.path, tensor.dtype.numpy(), tensor.size, offset=tensor.offset or 0)
     return values.reshape(tensor.shape.numpy())
+
+
+def read_blocks(stored: Mapping[str, ir.Value], name: str, grid: Grid, columns: int) -> Blocks:
+    """The weight `name` [out, columns] of a quantized graph with the initializers `stored`, unpacked."""
+    parts = [f"{name}.q{grid.bits}", f"{name}.scales.fp16", f"{name}.zero_points"]
+    data, scales, *points = (read_tensor(stored[part].const_value) for part in parts if part in stored)
+    data = data.reshape(*scales.shape, -1)
+    return unpack(Packed(data, scales, points[0] if points else None, columns), grid)
 
 
 # ---------------------------------------------------------------- readers in the graph
@@ -113,6 +121,15 @@ class Origin:
             return None
         blocks = concatenate([by_parameter[name] for name in self.parameters])
         return blocks if self.row_order is None else blocks.rows(self.row_order)
+
+    def split(self, blocks: Blocks, rows: Sequence[int]) -> dict[str, Blocks]:
+        """The reverse: parameter -> its blocks, of so many rows each."""
+        if self.row_order is not None:
+            blocks = blocks.rows(torch.argsort(self.row_order))
+        parts, first = dict[str, Blocks](), 0
+        for name, count in zip(self.parameters, rows):
+            parts[name], first = blocks.rows(slice(first, first + count)), first + count
+        return parts
 
 
 def read_weight_map(bundle: Path) -> dict[str, Origin]:

@@ -19,7 +19,7 @@ from edgedisp.recipe.load import read_yaml
 from edgedisp.recipe.schema import Grid
 from edgedisp.recipe.values import WHOLE, Section, Text, Unique, choice, target_names
 
-Layout = Literal["onnxruntime-genai", "transformers.js", "optimum"]
+Layout = Literal["onnxruntime-genai", "transformers.js", "optimum", "gguf"]
 
 
 class TargetQuantize(Grid):

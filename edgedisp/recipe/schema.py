@@ -179,7 +179,7 @@ class Grid(Section):
     group: Annotated[Literal[16, 32, 64, 128, 256], WHOLE] = 32
     """weights that share one scale (and zero point)"""
     symmetric: Flag = False
-    """no zero point; at 4 bits small models lose more that way"""
+    """no zero point; at 4 bits small models lose more that way. A head of 8 bits has none"""
     accuracy_level: Annotated[Literal[0, 1, 4], WHOLE] = 4
     """onnxruntime's arithmetic: 0 and 1 in fp32, 4 in int8, faster but coarser"""
     head_bits: Annotated[Literal[4, 8], WHOLE] = 8

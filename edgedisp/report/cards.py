@@ -38,8 +38,10 @@ def bundle_card(manifest: Mapping[str, Any], name: str, run: Run | None = None) 
         whole = table(run, all_arms=arm not in table(run).arms)
         rows = tuple(row for row in whole.rows if row.precision == manifest.get("precision"))
         content = _about(run, arm, arm) | {"results": table_markdown(replace(whole, rows=rows))}
-    content["library"] = "transformers.js" if list(layouts) == ["transformers.js"] else "onnx"
-    content["tags"] = [*content.get("tags", ["edgedisp"]), "onnx"]
+    only = next(iter(layouts)) if len(layouts) == 1 else ""
+    content["library"] = only if only in ("transformers.js", "gguf") else "onnx"
+    formats = dict.fromkeys("gguf" if layout == "gguf" else "onnx" for layout in layouts)
+    content["tags"] = [*content.get("tags", ["edgedisp"]), *formats]
     return fill_markdown("bundle_card.md.j2", **content, manifest=manifest, layouts=layouts, licence=base)
 
 

@@ -41,7 +41,7 @@ def block_losses(scored: nn.Module, blocks: np.ndarray) -> list[float]:
 
 
 def on_grid(bits: int) -> Rounding:
-    grid = Grid(bits, 32, False)
+    grid = Grid(bits, 32, bits == 8)
     return lambda name, weight: dequantize(quantize(weight, grid), grid)
 
 

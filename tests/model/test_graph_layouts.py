@@ -25,7 +25,7 @@ from edgedisp.core.errors import BuildFailed
 from edgedisp.graph import runtime_layouts as layouts
 from edgedisp.graph.device_graph import STAGES, replace_quantized_gathers, unfold
 from edgedisp.graph.onnx_graph import to_bytes
-from edgedisp.graph.runtime_layouts import GENAI, LAYOUTS, OPTIMUM, WEB
+from edgedisp.graph.runtime_layouts import GENAI, GGUF, OPTIMUM, WEB
 from edgedisp.graph.verify import check_layouts
 
 PACKED = st.fixed_dictionaries({
@@ -139,6 +139,7 @@ def test_weights_are_folded_one_stage_after_the_other(twins: TwinStore) -> None:
 
 # Layouts
 
+ONNX = GENAI, WEB, OPTIMUM
 WEB_GRAPH, WEB_DATA = "onnx/model_q4.onnx", "onnx/model_q4.onnx_data"
 PLAIN = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "weight_map.json"}
 PLAIN |= {"config.json", "generation_config.json", "app.json"}
@@ -155,7 +156,7 @@ def arranged(bundle: Path, out: Path, *names: str) -> tuple[Path, dict[str, dict
 
 
 @pytest.mark.parametrize(("names", "expected"), [
-    (LAYOUTS, {"genai_config.json", "model.onnx", WEB_GRAPH, WEB_DATA}),
+    (ONNX, {"genai_config.json", "model.onnx", WEB_GRAPH, WEB_DATA}),
     ((GENAI,), {"genai_config.json", "model.onnx", "model.onnx.data"}),
     ((OPTIMUM,), {"model.onnx", "model.onnx.data"}),
     ((WEB,), {WEB_GRAPH, WEB_DATA}),
@@ -179,8 +180,14 @@ def test_layouts_have_what_their_runtimes_read_and_the_weights_once(
         assert 'dtype: "q4"' in entries[WEB]["load"]
 
 
+def test_a_bundle_for_llama_cpp_alone_has_no_graph(bundle: Path, tmp_path: Path) -> None:
+    folder, entries = arranged(bundle, tmp_path / "out", GGUF)
+    assert {path.name for path in folder.iterdir()} == PLAIN
+    assert entries[GGUF]["graph"] == entries[GGUF]["weights"] == "model.gguf"
+
+
 def test_a_graph_that_computes_something_else_is_not_shipped(bundle: Path, tmp_path: Path) -> None:
-    folder, entries = arranged(bundle, tmp_path / "all", *LAYOUTS)
+    folder, entries = arranged(bundle, tmp_path / "all", *ONNX)
     web = onnx.load(folder / WEB_GRAPH, load_external_data=False)
     norm = next(tensor for tensor in web.graph.initializer if tensor.name == "model.norm.weight")
     norm.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(norm) * np.float32(1.01), norm.name))

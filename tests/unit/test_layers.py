@@ -30,8 +30,8 @@ LAYERS = {
 SIBLINGS = {("quantize", "graph"), ("data", "recipe"), ("models", "recipe")}
 
 MODULE_LINES, FUNCTION_LINES, PARAMETERS = 350, 60, 6
-# Ceilings of edgedisp with the runner, tests and benchmarks.
-PACKAGE_LINES, PACKAGE_MODULES, TEST_LINES, BENCHMARK_LINES = 23_030, 130, 17_000, 1_700
+# Ceilings of edgedisp with the runner, tests and benchmarks: 23,030 and 350 for the file of llama.cpp.
+PACKAGE_LINES, PACKAGE_MODULES, TEST_LINES, BENCHMARK_LINES = 23_380, 130, 17_200, 1_700
 LONGER = {"export/runner/runner.py"}  # copied to devices as one file
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
