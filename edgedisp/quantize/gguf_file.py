@@ -12,6 +12,7 @@ llama.cpp's converter (package gguf).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,6 @@ from torch import Tensor
 
 from edgedisp import __version__, models
 from edgedisp.core.errors import BadInput, BuildFailed
-from edgedisp.core.files import read_json
 from edgedisp.graph.genai_config import chat_template, end_ids
 from edgedisp.graph.onnx_graph import GRAPH, read_graph
 from edgedisp.quantize.grid import Blocks, Grid, dequantize
@@ -220,7 +220,7 @@ def _add_sizes(writer: gguf.GGUFWriter, config: Any, context: int) -> None:
 
 def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any, folder: Path, rows: int) -> None:
     """Tokens, merges, special tokens and chat template. BadInput for a tokenizer that llama.cpp has not."""
-    settings = read_json(folder / "tokenizer.json")
+    settings = json.loads(tokenizer.backend_tokenizer.to_str())  # a family's class may cut as no file says
     model, added = settings["model"], {token["id"]: token for token in settings.get("added_tokens", [])}
     pieces = {index: text for text, index in model["vocab"].items()}
     pieces |= {index: token["content"] for index, token in added.items()}

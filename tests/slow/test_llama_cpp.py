@@ -69,4 +69,4 @@ def test_greedy_tokens_of_a_bundle_are_llama_cpps_but_for_near_ties(twins: TwinS
         equal += int((rows.argmax(1) == text).sum())
         behind = rows.max(1) - rows[np.arange(len(text)), text]
         assert behind.max() < 0.05 * np.abs(rows).max()  # both round activations to 8 bits, in other groups
-    assert equal > 0.97 * PROMPTS * NEW_TOKENS
+    assert equal > 0.95 * PROMPTS * NEW_TOKENS
