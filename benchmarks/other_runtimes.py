@@ -1,12 +1,10 @@
-"""Time a model in onnxruntime-genai or llama.cpp as export/runner/runner.py times it in onnxruntime.
+"""Time a bundle in onnxruntime-genai as export/runner/runner.py times it in onnxruntime.
 
-    python benchmarks/other_runtimes.py genai BUNDLE --threads 2
-    python benchmarks/other_runtimes.py llama.cpp MODEL.gguf --work FOLDER --threads 2
+    python benchmarks/other_runtimes.py BUNDLE --threads 2
 
 Same prompt of random tokens, same greedy loop without tokenizer or sampling, same lines of JSON: a repetition
 for each line {"run": 1} on stdin. genai takes the best token inside the timed part; --threads 0 removes the
-count from its configuration. Whatever a GGUF file contains is requantized to Q4_0, llama.cpp's fastest layout
-on CPUs: good for speed, worthless for quality. Other benchmarks import `time_in_turns` from here.
+count from its configuration. Other benchmarks import `time_in_turns` from here.
 """
 
 from __future__ import annotations
@@ -41,15 +39,27 @@ def onnxruntime_command(bundle: Path) -> list[str]:
 
 
 def genai_command(bundle: Path, threads: int) -> list[str]:
-    return [sys.executable, __file__, "genai", str(bundle), "--threads", str(threads)]
+    return [sys.executable, __file__, str(bundle), "--threads", str(threads)]
 
 
 def llama_cpp_command(gguf: Path, work: Path) -> list[str] | None:
-    """None where llama-cpp-python is not installed."""
+    """The command that times llama.cpp at Q4_0, its fastest layout on CPUs; None where it is not installed.
+    Whatever `gguf` holds is requantized once, into a folder in `work`: worthless for quality."""
     if importlib.util.find_spec("llama_cpp") is None:
         return None
-    words = ["--work", str(work), "--threads", str(physical_cores())]
-    return [sys.executable, __file__, "llama.cpp", str(gguf), *words]
+    import llama_cpp
+
+    path = work / f"{gguf.stem}.as-q4_0" / "model.gguf"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        options = llama_cpp.llama_model_quantize_default_params()
+        options.ftype, options.allow_requantize = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0, True
+        partial = path.with_suffix(".partial")
+        if llama_cpp.llama_model_quantize(str(gguf).encode(), str(partial).encode(), ctypes.byref(options)):
+            raise RuntimeError(f"{gguf}: llama.cpp cannot requantize it")
+        partial.rename(path)
+    words = ["--prompt", PROMPT, "--generate", GENERATE, "--threads", physical_cores(), path.parent]
+    return [sys.executable, "-m", "edgedisp.bench.llama_cpp", *map(str, words)]
 
 
 def time_in_turns(commands: Mapping[str, Sequence[str]], repetitions: int) -> Speeds:
@@ -100,41 +110,6 @@ def open_genai(bundle: Path, threads: int, folder: Path) -> tuple[int, Callable[
     return int(config["model"]["vocab_size"]), start
 
 
-def open_llama_cpp(gguf: Path, threads: int, folder: Path) -> tuple[int, Callable[[], Step]]:
-    """The same in llama.cpp at Q4_0; the requantized file is written into `folder` once."""
-    import llama_cpp
-
-    path = folder / f"{gguf.stem}.as-q4_0.gguf"
-    if not path.exists():
-        options = llama_cpp.llama_model_quantize_default_params()
-        options.ftype, options.allow_requantize = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0, True
-        partial = path.with_suffix(".partial")
-        if llama_cpp.llama_model_quantize(str(gguf).encode(), str(partial).encode(), ctypes.byref(options)):
-            raise RuntimeError(f"{gguf}: llama.cpp cannot requantize it")
-        partial.rename(path)
-    model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
-    settings = llama_cpp.llama_context_default_params()
-    settings.n_ctx = settings.n_batch = settings.n_ubatch = PROMPT + GENERATE
-    settings.n_threads = settings.n_threads_batch = threads
-    context = llama_cpp.llama_init_from_model(model, settings)
-    if not context:
-        raise RuntimeError(f"{path}: llama.cpp cannot open it")
-    vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
-
-    def step(ids: list[int]) -> list[int]:
-        tokens = (llama_cpp.llama_token * len(ids))(*ids)
-        if llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(tokens, len(ids))):
-            raise RuntimeError("llama_decode failed")
-        logits = llama_cpp.llama_get_logits_ith(context, -1)
-        return [int(np.ctypeslib.as_array(logits, (vocab_size,)).argmax())]
-
-    def start() -> Step:
-        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), False)
-        return step
-
-    return vocab_size, start
-
-
 def run(step: Step, prompt: list[int]) -> dict[str, Any]:
     """Time one prompt and GENERATE tokens."""
     times, ids = [time.perf_counter()], prompt
@@ -147,14 +122,11 @@ def run(step: Step, prompt: list[int]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runtime", choices=["genai", "llama.cpp"])
-    parser.add_argument("model", type=Path, help="a packed bundle, or a GGUF file")
+    parser.add_argument("bundle", type=Path, help="a packed bundle")
     parser.add_argument("--threads", type=int, default=physical_cores())
-    parser.add_argument("--work", type=Path, help="folder of the requantized file (llama.cpp)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        opener = open_genai if options.runtime == "genai" else open_llama_cpp
-        vocab_size, start = opener(options.model, options.threads, options.work or Path(scratch))
+        vocab_size, start = open_genai(options.bundle, options.threads, Path(scratch))
         prompt = np.random.default_rng(0).integers(0, vocab_size, PROMPT).tolist()
         run(start(), prompt)  # warm-up
         print(json.dumps({"ready": {"threads": options.threads}}), flush=True)

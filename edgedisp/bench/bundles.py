@@ -66,9 +66,24 @@ def checked_runtime(bundle: Path) -> str | None:
     return None if version is None else str(version)
 
 
-def weight_traffic(model: Any) -> int:
-    """Bytes of weights read per token, of an onnx ModelProto. A tensor that is cast counts as what it is cast
-    to: the runtime does so once, at load."""
+def _gguf_tensors(path: Path) -> list[Any]:
+    import gguf
+
+    return list(gguf.GGUFReader(path).tensors)
+
+
+def weight_traffic(path: Path) -> int:
+    """Bytes of weights read per token, of a graph file or model.gguf."""
+    if path.suffix != ".gguf":
+        return graph_traffic(read_graph(path))
+    sizes = {tensor.name: int(tensor.n_bytes) for tensor in _gguf_tensors(path)}
+    rows = {"position_embd.weight", *(["token_embd.weight"] if "output.weight" in sizes else [])}
+    return sum(size for name, size in sizes.items() if name not in rows)
+
+
+def graph_traffic(model: Any) -> int:
+    """The same of an onnx ModelProto. A tensor that is cast counts as what it is cast to: the runtime does so
+    once, at load."""
     initializers = {i.name: i for i in model.graph.initializer}
     origin = {name: name for name in initializers}  # tensor -> the initializer that it is, or comes from
     cast: dict[str, int] = {}
@@ -103,8 +118,12 @@ def graph_hash(path: Path) -> str:
     Hashed are the operators in order with attributes, the graph's inputs and outputs, and the initializers'
     names, shapes and types. Two arms of one recipe agree in it, as training changes values alone.
     """
-    graph = read_graph(path).graph
-    digest = hashlib.sha256()
+    if path.suffix == ".gguf":
+        shapes = [
+            (each.name, int(each.tensor_type), tuple(map(int, each.shape))) for each in _gguf_tensors(path)
+        ]
+        return hashlib.sha256(repr(shapes).encode()).hexdigest()
+    graph, digest = read_graph(path).graph, hashlib.sha256()
     for part in (*graph.input, *graph.output, *graph.node):
         digest.update(part.SerializeToString(deterministic=True))
     weights = [(tensor.name, tensor.data_type, tuple(tensor.dims)) for tensor in graph.initializer]

@@ -23,14 +23,20 @@ from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import Progress
 from edgedisp.core.results import DeviceResult
 
-FORMS = {"local": "local", "ssh": "ssh://USER@HOST[:PORT]", "adb": "adb[:SERIAL]", "browser": "browser"}
+FORMS = {
+    "local": "local",
+    "llama_cpp": "llama.cpp",
+    "ssh": "ssh://USER@HOST[:PORT]",
+    "adb": "adb[:SERIAL]",
+    "browser": "browser",
+}
 """Kind -> how it is written."""
 NAME = re.compile(  # no part may look like an option; an IPv6 address stands in brackets; no password
-    r"(?P<local>local)|(?P<browser>browser)|(?P<adb>adb(:[A-Za-z0-9_\[][\w.:%\[\]-]*)?)"
+    r"(?P<local>local)|(?P<llama_cpp>llama\.cpp)|(?P<browser>browser)|(?P<adb>adb(:[A-Za-z0-9_\[][\w.:%\[\]-]*)?)"
     r"|(?P<ssh>ssh://([\w.%][\w.%+-]*@)?(\[[\w.:%]+\]|[\w.%][\w.%+-]*)(:\d{1,5})?)",
     re.ASCII,
 )
-MODULES = {"local": "interleaved_timing", "ssh": "ssh", "adb": "adb", "browser": "browser"}
+MODULES = {kind: kind for kind in FORMS} | {"local": "interleaved_timing"}
 MIB = 1 << 20
 
 Item = Sequence[tuple[Sequence[int], Sequence[int]]]

@@ -128,13 +128,14 @@ class Host(Device):
 
     name: str
     machine: Json
+    graph_name, advice = "model.onnx", "--layouts onnxruntime-genai"
 
     def __init__(self, bundles: Mapping[str, Path], options: BenchOptions) -> None:
         for label, path in bundles.items():
-            if not (path / "model.onnx").is_file():
-                layouts = " with --layouts onnxruntime-genai" if (path / "onnx").is_dir() else ""
+            if not (path / self.graph_name).is_file():
                 raise BadInput(
-                    f"{label}: {path} holds no model.onnx; give a bundle folder made by the export{layouts}"
+                    f"{label}: {path} holds no {self.graph_name}; give a bundle folder made by the export "
+                    f"with {self.advice}"
                 )
         self.bundles, self.options = bundles, options
 
@@ -161,10 +162,10 @@ class Host(Device):
         else:
             threads = dict.fromkeys(bundles, count)
         result = self._time(bundles, threads, self.options, progress)
-        result = replace(result, sweeps=sweeps, warnings=(*result.warnings, *self._other_runtime()))
+        result = replace(result, sweeps=sweeps, warnings=(*result.warnings, *self.warnings()))
         return self._score(result, progress) if self.options.requests and not result.lost else result
 
-    def _other_runtime(self) -> Iterator[str]:
+    def warnings(self) -> Iterator[str]:
         """What was checked with another onnxruntime than the host's, by its manifest."""
         version = self.machine["packages"]["onnxruntime"]
         for label, checked in {label: checked_runtime(path) for label, path in self.bundles.items()}.items():
@@ -216,7 +217,7 @@ class Host(Device):
             if not timed:
                 raise
             lost = str(error)
-        graphs = {label: (bundles[label] / "model.onnx", facts[label]) for label in facts}
+        graphs = {label: (bundles[label] / self.graph_name, facts[label]) for label in facts}
         result = device_result(self.name, self.machine, timed, graphs, options)
         return replace(result, options={**result.options, "groups": groups}, lost=lost)
 
@@ -290,7 +291,7 @@ def expected_memory_bytes(bundle: Path) -> int:
     Measured with SmolLM2-135M on x86: fp32 (540 MB of weights) 827 MB, int8 (267 MB) 315 MB, int4 (87 MB)
     251 MB; the factor covers weights that are in memory both as read and as repacked.
     """
-    files = runner().graph_files(bundle / "model.onnx")
+    files = runner().graph_files(bundle / "model.onnx") or [*bundle.glob("model.gguf")]
     rounded = round(sum(f.stat().st_size for f in files) / MIB)  # two arms differ by a few bytes of names
     return 256 * MIB + int(1.6 * rounded * MIB)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from edgedisp.bench.bundles import graph_hash, read_graph, weight_traffic
+from edgedisp.bench.bundles import graph_hash, weight_traffic
 from edgedisp.bench.devices import BenchOptions
 from edgedisp.core.errors import BadInput
 from edgedisp.core.results import BASELINE, DeviceResult, Estimate, Json, Timing
@@ -124,7 +124,7 @@ def _timing(label: str, graph: Path, facts: Json, repetitions: Sequence[Json], m
     }
     token_ms = [time for repetition in repetitions for time in repetition["token_ms"]]
     positions = facts["prompt"] + facts["generate"] / 2  # mean of cached positions that a token attends to
-    read = weight_traffic(read_graph(graph)) + int(facts["kv_cache_bytes_per_position"] * positions)
+    read = weight_traffic(graph) + int(facts["kv_cache_bytes_per_position"] * positions)
     decode = [repetition["decode_tokens_per_s"] for repetition in repetitions]
     drift = drift_percent(decode)
     return Timing(

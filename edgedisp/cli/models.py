@@ -43,7 +43,7 @@ def bench(
     bundles: BundlesArgument,
     device: Annotated[
         list[str] | None,
-        Option(help="local, ssh://USER@HOST[:PORT], adb[:SERIAL] or browser; may be repeated."),
+        Option(help="local, llama.cpp, ssh://USER@HOST[:PORT], adb[:SERIAL] or browser; may be repeated."),
     ] = None,
     prompt: PromptOption = 128,
     generate: GenerateOption = 128,

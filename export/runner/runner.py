@@ -117,7 +117,7 @@ class Decoder:
         except Exception as error:  # onnxruntime raises a dozen types of its own that share no base
             raise BadBundle(f"{self.graph}: onnxruntime cannot open it: {error}") from error
         self.load_s = time.perf_counter() - started
-        self.positions = positions
+        self.positions, self.weights_bytes = positions, sum(f.stat().st_size for f in graph_files(self.graph))
         self._read_signature()
         self._allocate()
 
@@ -145,6 +145,8 @@ class Decoder:
             raise BadBundle(f"{self.graph}: cache of type {first.type}; known are {sorted(NUMPY_TYPES)}")
         self.cache_heads = self._size(first.shape[1], "model.decoder.num_key_value_heads")
         self.head_size = self._size(first.shape[3], "model.decoder.head_size")
+        item = np.dtype(self.cache_type).itemsize  # of a key or value; the cache has both for every layer
+        self.kv_cache_bytes = len(self.cache) * self.cache_heads * self.head_size * item  # of a position
         self.last_token_only = present["logits"].shape[1] == 1  # logits of the last token alone
         self.logits_type = NUMPY_TYPES.get(present["logits"].type, "float32")
         self.shared = bool(value_of(self.config, "search.past_present_share_buffer"))
@@ -305,14 +307,13 @@ def time_repetition(decoder: Decoder, prompt: Any, generate: int) -> dict[str, A
 
 def facts(decoder: Decoder, options: argparse.Namespace) -> dict[str, Any]:
     """All that does not change from repetition to repetition."""
-    item = np.dtype(decoder.cache_type).itemsize  # of a key or value; the cache has both for every layer
     return {
         "prompt": options.prompt,
         "generate": options.generate,
         "threads": decoder.threads,
         "load_s": decoder.load_s,
-        "weights_bytes": sum(f.stat().st_size for f in graph_files(decoder.graph)),
-        "kv_cache_bytes_per_position": len(decoder.cache) * decoder.cache_heads * decoder.head_size * item,
+        "weights_bytes": decoder.weights_bytes,
+        "kv_cache_bytes_per_position": decoder.kv_cache_bytes,
         "kv_cache_shared_buffer": decoder.shared,
         "vocab_size": decoder.vocab_size,
     }
@@ -495,14 +496,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Describe the machine, or open the bundle, warm up and answer commands."""
+def main(arguments: Sequence[str] | None = None, kind: Any = Decoder) -> None:
+    """Describe the machine, or open the bundle, warm up and answer commands. kind: class of the decoder."""
     options = parse(arguments)
     if options.describe:
         put(describe())
         return
     load_libraries()
-    decoder = Decoder(options.bundle, options.threads, options.positions or options.prompt + options.generate)
+    decoder = kind(options.bundle, options.threads, options.positions or options.prompt + options.generate)
     prompt = prompt_ids(decoder.vocab_size, options.prompt, options.seed)
     for _ in range(0 if options.positions else options.warmup):
         decoder.generate(prompt, options.generate)

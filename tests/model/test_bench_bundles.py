@@ -13,10 +13,10 @@ from tiny_bundle import Bundles
 from edgedisp.bench.bundles import (
     find_graph,
     graph_hash,
+    graph_traffic,
     needed_files,
     read_graph,
     tensor_bytes,
-    weight_traffic,
 )
 from edgedisp.core.errors import BadInput
 
@@ -35,7 +35,7 @@ def test_a_token_reads_every_weight_once(bundles: Bundles, name: str) -> None:
     tensors = model.graph.initializer  # integers compute shapes
     shapes = sum(tensor_bytes(tensor) for tensor in tensors if tensor.data_type == TensorProto.INT64)
     expected = packed + 4 * NORMS + ROTARY_ROW + shapes
-    assert weight_traffic(model) == expected
+    assert graph_traffic(model) == expected
 
 
 def graph_of(*nodes: onnx.NodeProto, **weights: np.ndarray) -> onnx.ModelProto:
@@ -52,20 +52,20 @@ def test_an_embedding_costs_one_row_a_tied_one_nothing_and_a_cast_what_it_is_cas
         embedding=np.zeros((100, 16), np.float32),
         head=np.zeros((16, 100), np.float32),
     )
-    assert weight_traffic(untied) == 16 * 4 + 16 * 100 * 4
+    assert graph_traffic(untied) == 16 * 4 + 16 * 100 * 4
     tied = graph_of(
         helper.make_node("Transpose", ["head"], ["embedding"], perm=[1, 0]),
         helper.make_node("Gather", ["embedding", "ids"], ["x"]),
         helper.make_node("MatMul", ["x", "head"], ["out"]),
         head=np.zeros((16, 100), np.float16),
     )
-    assert weight_traffic(tied) == 16 * 100 * 2
+    assert graph_traffic(tied) == 16 * 100 * 2
     cast = graph_of(
         helper.make_node("Cast", ["scales"], ["wide"], saturate=1, to=TensorProto.FLOAT),
         helper.make_node("MatMul", ["x", "wide"], ["out"]),
         scales=np.zeros((16, 100), np.float16),
     )
-    assert weight_traffic(cast) == 16 * 100 * 4
+    assert graph_traffic(cast) == 16 * 100 * 4
 
 
 def test_arms_with_other_weights_have_the_same_graph_and_one_attribute_makes_another(

@@ -10,6 +10,9 @@ import pytest
 from graph_twins import TEXTS, TwinStore, make, ragged
 
 from edgedisp import models
+from edgedisp.bench.devices import BenchOptions, connect
+from edgedisp.core.errors import BadInput
+from edgedisp.core.progress import silent
 from edgedisp.graph.export import export
 from edgedisp.graph.session import OnnxModel
 from edgedisp.quantize.gguf_file import write_gguf
@@ -70,3 +73,24 @@ def test_greedy_tokens_of_a_bundle_are_llama_cpps_but_for_near_ties(twins: TwinS
         behind = rows.max(1) - rows[np.arange(len(text)), text]
         assert behind.max() < 0.05 * np.abs(rows).max()  # both round activations to 8 bits, in other groups
     assert equal > 0.95 * PROMPTS * NEW_TOKENS
+
+
+def test_the_device_llama_cpp_times_and_scores_as_onnxruntime_does(twins: TwinStore, tmp_path: Path) -> None:
+    bundle = tmp_path / "int4"
+    bundle.mkdir()
+    record = quantize_bundle(twins.fp32("llama"), bundle, bits=4, symmetric=False)
+    items = [[([5, 6, 7], [8, 9]), ([5, 6, 7], [10])], [([11], [12, 13, 14])]]
+    options = BenchOptions(prompt=8, generate=4, repetitions=2, threads=1, requests={"int4": items})
+    with pytest.raises(BadInput, match=r"holds no model\.gguf; .* --layouts gguf"):
+        connect("llama.cpp", {"int4": bundle}, options).__enter__()
+    write_gguf(twins.model_dir("llama"), bundle, record["by_tensor"], bundle / "model.gguf", CONTEXT)
+    results = []
+    for name in ("llama.cpp", "local"):
+        with connect(name, {"int4": bundle}, options) as device:
+            results.append(device.measure(silent))
+    llama, local = results
+    assert [len(result.rows) for result in results] == [1, 1] and llama.rows[0].decode_tokens_per_s.value > 0
+    assert llama.rows[0].weights_bytes == (bundle / "model.gguf").stat().st_size
+    for ours, theirs in zip(llama.answers["int4"], local.answers["int4"]):
+        for (value, _), (expected, _) in zip(ours, theirs):
+            assert value == pytest.approx(expected, abs=0.2)

@@ -20,7 +20,7 @@ GOOD = [
     *("adb:R5CT123", "adb:127.0.0.1:15555", "adb:[::1]:5555", "adb:adb-x._adb-tls-connect._tcp"),
 ]
 BAD = {
-    "": "(choices: local, ssh://USER@HOST[:PORT], adb[:SERIAL], browser)",
+    "": "(choices: local, llama.cpp, ssh://USER@HOST[:PORT], adb[:SERIAL], browser)",
     "locl": "write 'local'",
     "local://here": "write 'local'",
     "shh://pi": "write 'ssh://USER@HOST[:PORT]'",
