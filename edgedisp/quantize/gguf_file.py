@@ -215,7 +215,8 @@ def _add_sizes(writer: gguf.GGUFWriter, config: Any, context: int) -> None:
     writer.add_rope_freq_base(float(rope.get("full_attention", rope)["rope_theta"]))
     if config.model_type == "gemma3_text":
         writer.add_sliding_window(config.sliding_window)
-        writer.add_rope_freq_base_swa(float(rope["sliding_attention"]["rope_theta"]))
+        local = float(rope["sliding_attention"]["rope_theta"])
+        writer.add_float32("gemma3.rope.freq_base_swa", local)  # gguf 0.17 has no method for it
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any, folder: Path, rows: int) -> None:
