@@ -39,6 +39,7 @@ ARCHITECTURES = {
     "gemma3_text": gguf.MODEL_ARCH.GEMMA3,
     "gpt2": gguf.MODEL_ARCH.GPT2,
 }
+BUFFERS = (".attn.bias", ".attn.masked_bias", ".inv_freq")  # of older files; no weights
 GEMMA_PATTERN = 6  # llama.cpp: every sixth layer attends to all
 CLOSE = 1e-3  # of a weight's largest value, by which a file may differ: the minimum of Q4_1 is rounded
 
@@ -65,7 +66,6 @@ def write_gguf(
     }
     blocks = _blocks_by_parameter(bundle, by_tensor, tensors)
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[ARCHITECTURES[family]])
-    writer.add_name(str(config.name_or_path or family))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_quantized_by(f"edgedisp {__version__}")
     _add_sizes(writer, config, context)
@@ -74,8 +74,10 @@ def write_gguf(
     names = gguf.get_tensor_name_map(ARCHITECTURES[family], config.num_hidden_layers)
     for parameter, tensor in tensors.items():
         name = names.get_name(parameter, try_suffixes=(".weight", ".bias"))
-        if name is None or (name == "output.weight" and config.tie_word_embeddings):
+        if parameter.endswith(BUFFERS) or (name == "output.weight" and config.tie_word_embeddings):
             continue
+        if name is None:
+            raise BadInput(f"layout gguf: llama.cpp has no place for {parameter}")
         order = _row_order(parameter, config)
         if (part := blocks.get(parameter)) is not None:
             rounded, grid = part
@@ -95,7 +97,7 @@ def write_gguf(
 
 def ggml_blocks(blocks: Blocks, grid: Grid) -> tuple[NDArray[np.uint8], Type]:
     """A weight as llama.cpp stores it: bytes [out, bytes of a row], and their type. ValueError for a grid
-    that no type has (`fits`)."""
+    that no type has (`unfit`)."""
     if reason := unfit(grid, blocks.columns):
         raise ValueError(reason)
     rows, per_group = len(blocks.q), grid.group // BLOCK

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from graph_twins import TEXTS, TwinStore, make, ragged
+from safetensors.torch import load_file, save_file
 
 from edgedisp import models
 from edgedisp.core.errors import BadInput
@@ -75,6 +78,14 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(twins: TwinStore, tmp
         "gpt2, scaled by layer, exact gelu": "gpt2",
     }.items():
         assert words in refusal(twins.model_dir(form), twins.fp32(form), [])
+
+
+def test_a_weight_that_llama_cpp_has_no_place_for_is_refused(twins: TwinStore, tmp_path: Path) -> None:
+    shutil.copytree(twins.model_dir("gpt2"), tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    more = {"transformer.h.0.attn.bias": torch.zeros(1), "transformer.h.0.gate.weight": torch.zeros(4, 4)}
+    save_file(weights | more, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    assert "no place for transformer.h.0.gate.weight" in refusal(tmp_path / "model", twins.fp32("gpt2"), [])
 
 
 def test_a_tokenizer_without_a_name_in_llama_cpp_is_refused(tmp_path: Path) -> None:
