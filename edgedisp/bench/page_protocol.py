@@ -295,7 +295,7 @@ def _row(row: Timing, bundle: PageBundle, timed: list[Json]) -> Timing:
     """The row with what only a page has."""
     warnings = [*row.warnings]
     if bundle.unfolded_bytes:  # the graph does not hold the sizes of what is read
-        row = replace(row, bytes_read_per_token=None, bandwidth_gb_per_s=None)
+        row = replace(row, bytes_read_per_token=None, bandwidth_gb_per_s=None, bandwidth_share=None)
     if bundle.packed:
         warnings.append(
             "packed weights are unpacked at every token in WebAssembly, which is slow; `edgedisp export "

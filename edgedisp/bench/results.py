@@ -126,7 +126,8 @@ def _timing(label: str, graph: Path, facts: Json, repetitions: Sequence[Json], m
     positions = facts["prompt"] + facts["generate"] / 2  # mean of cached positions that a token attends to
     read = weight_traffic(graph) + int(facts["kv_cache_bytes_per_position"] * positions)
     decode = [repetition["decode_tokens_per_s"] for repetition in repetitions]
-    drift = drift_percent(decode)
+    drift, bandwidth = drift_percent(decode), read * statistics.median(decode) / 1e9
+    most = machine.get("memory_gb_per_s")
     return Timing(
         label,
         **{name: facts[name] for name in ("threads", "prompt", "generate", "load_s", "weights_bytes")},
@@ -136,7 +137,8 @@ def _timing(label: str, graph: Path, facts: Json, repetitions: Sequence[Json], m
         token_ms_p90=float(np.percentile(token_ms, 90)),
         peak_memory_bytes=repetitions[-1]["peak_memory_bytes"],
         bytes_read_per_token=read,
-        bandwidth_gb_per_s=read * statistics.median(decode) / 1e9,
+        bandwidth_gb_per_s=bandwidth,
+        bandwidth_share=bandwidth / most if most else None,
         drift_percent=drift,
         warnings=tuple(_warnings(facts["threads"], drift, repetitions, machine)),
     )

@@ -294,7 +294,7 @@ class Bundle:
 @dataclass(frozen=True)
 class Timing:
     """One bundle timed on one device: medians with intervals; None for what a device does not give.
-    drift_percent: of the decode speed, first to last repetition."""
+    bandwidth_share: of the machine's memory_gb_per_s. drift_percent: of the decode speed, first to last."""
 
     label: str
     threads: int | None
@@ -311,6 +311,7 @@ class Timing:
     weights_bytes: int | None = None
     bytes_read_per_token: int | None = None
     bandwidth_gb_per_s: float | None = None
+    bandwidth_share: float | None = None
     download_bytes: int | None = None
     drift_percent: float | None = None
     warnings: tuple[str, ...] = ()

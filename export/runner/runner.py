@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import json
 import os
 import platform
@@ -29,6 +30,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -321,6 +323,8 @@ def facts(decoder: Decoder, options: argparse.Namespace) -> dict[str, Any]:
 
 # ---------------------------------------------------------------- the machine
 
+READ_BYTES, READINGS = 256 << 20, 4  # more than the caches hold; the best of so many counts
+
 FEATURES = (
     "avx2 fma avx512f avx512_vnni avx_vnni avx512_bf16 amx_int8 amx_bf16 asimd asimddp asimdhp i8mm bf16 sve"
 )
@@ -337,6 +341,7 @@ def describe(packages: Sequence[str] = ("numpy", "onnxruntime")) -> dict[str, An
         "logical_cpus": len(logical_cpus()),
         "cpu_quota": cpu_quota(),
         **memory(),
+        "memory_gb_per_s": memory_gb_per_s(),
         "load_average_1m": read_sensors()["load_average_1m"],
         "system": platform.platform(),
         "python": platform.python_version(),
@@ -432,6 +437,24 @@ def memory(root: Path = ROOT) -> dict[str, int | None]:
         "memory_bytes": total or int(sysctl("hw.memsize") or 0) or None,
         "memory_available_bytes": None if available is None else min([available, *free]),
     }
+
+
+def memory_gb_per_s() -> float | None:
+    """The rate at which all cores read memory, each a part of an array: what decoding could reach at most.
+    None without numpy, or where little memory is free."""
+    available = memory()["memory_available_bytes"]
+    if importlib.util.find_spec("numpy") is None or (available is not None and available < 4 * READ_BYTES):
+        return None
+    import numpy
+
+    parts = numpy.array_split(numpy.ones(READ_BYTES // 4, numpy.int32), physical_cores())
+    seconds = []
+    with ThreadPoolExecutor(len(parts)) as threads:
+        for _ in range(READINGS):
+            started = time.perf_counter()
+            list(threads.map(numpy.max, parts))
+            seconds.append(time.perf_counter() - started)
+    return READ_BYTES / min(seconds) / 1e9
 
 
 def read_sensors(root: Path = ROOT) -> dict[str, float | None]:

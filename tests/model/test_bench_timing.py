@@ -86,6 +86,7 @@ def test_rows_are_medians_of_their_own_repetitions(timed: DeviceResult) -> None:
     for row in (fp32, int4):
         bandwidth = row.bytes_read_per_token * row.decode_tokens_per_s.value / 1e9  # type: ignore
         assert row.bandwidth_gb_per_s == pytest.approx(bandwidth)
+        assert row.bandwidth_share == pytest.approx(bandwidth / timed.machine["memory_gb_per_s"])
 
 
 def test_arms_are_checked_for_one_graph_and_the_result_survives_json(timed: DeviceResult) -> None:

@@ -30,9 +30,9 @@ LAYERS = {
 SIBLINGS = {("quantize", "graph"), ("data", "recipe"), ("models", "recipe")}
 
 MODULE_LINES, FUNCTION_LINES, PARAMETERS = 350, 60, 6
-# Ceilings of edgedisp with the runner, tests and benchmarks: 23,030, 350 for llama.cpp's file and 160 for it
-# as a device.
-PACKAGE_LINES, PACKAGE_MODULES, TEST_LINES, BENCHMARK_LINES = 23_545, 130, 17_240, 1_700
+# Ceilings of edgedisp with the runner, tests and benchmarks: 23,030, 350 for llama.cpp's file, 160 for it
+# as a device, 25 for the share of the memory's bandwidth.
+PACKAGE_LINES, PACKAGE_MODULES, TEST_LINES, BENCHMARK_LINES = 23_565, 130, 17_240, 1_700
 LONGER = {"export/runner/runner.py"}  # copied to devices as one file
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
