@@ -23,7 +23,7 @@ from edgedisp.bench.browser import find_browser
 from edgedisp.commands.export import export_bundle
 from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import silent
-from edgedisp.graph.runtime_layouts import LAYOUTS
+from edgedisp.graph.runtime_layouts import GGUF, LAYOUTS
 from edgedisp.models import save
 from edgedisp.models.tiny_model import tiny_model
 
@@ -97,9 +97,12 @@ def text_model(architecture: str, folder: Path) -> Path:
     return folder
 
 
+ONNX = [name for name in LAYOUTS if name != GGUF]
+
+
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle in all layouts, and the lines of its manifest that open it, by layout."""
+    """A bundle in all layouts of ONNX, and the lines of its manifest that open it, by layout."""
 
     folder: Path
     load: dict[str, str]
@@ -109,7 +112,7 @@ def export_all_layouts(source: Path, precision: str, root: Path, for_browser: bo
     """A model folder as root/bundle, for a browser or for a small board."""
     architecture = "wasm32" if for_browser else "arm64"
     profile: dict[str, Any] = {"name": "box", "description": "a box", "architecture": architecture}
-    profile |= {"context": 128, "threads": 1, "precision": precision, "layouts": LAYOUTS}
+    profile |= {"context": 128, "threads": 1, "precision": precision, "layouts": ONNX}
     if for_browser:
         profile["quantize"] = {"accuracy_level": 0}
     (root / "box.yaml").write_text(json.dumps(profile))  # JSON is YAML
