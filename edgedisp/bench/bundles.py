@@ -119,9 +119,8 @@ def graph_hash(path: Path) -> str:
     names, shapes and types. Two arms of one recipe agree in it, as training changes values alone.
     """
     if path.suffix == ".gguf":
-        shapes = [
-            (each.name, int(each.tensor_type), tuple(map(int, each.shape))) for each in _gguf_tensors(path)
-        ]
+        tensors = _gguf_tensors(path)
+        shapes = [(each.name, int(each.tensor_type), each.shape.tolist()) for each in tensors]
         return hashlib.sha256(repr(shapes).encode()).hexdigest()
     graph, digest = read_graph(path).graph, hashlib.sha256()
     for part in (*graph.input, *graph.output, *graph.node):

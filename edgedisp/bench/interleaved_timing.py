@@ -27,6 +27,7 @@ from edgedisp.bench.devices import MIB, BenchOptions, Device
 from edgedisp.bench.results import device_result
 from edgedisp.bench.system import RUNNER, describe, runner
 from edgedisp.core.errors import BadInput, BuildFailed
+from edgedisp.core.files import GGUF_FILE
 from edgedisp.core.progress import Progress, silent
 from edgedisp.core.results import DeviceResult, Estimate, Json, Timing
 
@@ -162,14 +163,14 @@ class Host(Device):
         else:
             threads = dict.fromkeys(bundles, count)
         result = self._time(bundles, threads, self.options, progress)
-        result = replace(result, sweeps=sweeps, warnings=(*result.warnings, *self.warnings()))
+        result = replace(result, sweeps=sweeps, warnings=(*result.warnings, *self._other_runtime()))
         return self._score(result, progress) if self.options.requests and not result.lost else result
 
-    def warnings(self) -> Iterator[str]:
+    def _other_runtime(self) -> Iterator[str]:
         """What was checked with another onnxruntime than the host's, by its manifest."""
-        version = self.machine["packages"]["onnxruntime"]
+        version = self.machine["packages"].get("onnxruntime")  # None: another runtime runs the bundles
         for label, checked in {label: checked_runtime(path) for label, path in self.bundles.items()}.items():
-            if checked not in (None, version):
+            if version is not None and checked not in (None, version):
                 yield f"{label} was checked with onnxruntime {checked}, and {version} ran it here"
 
     def _worker(self, label: str, bundle: Path, threads: int | None, **options: int) -> Worker:
@@ -291,7 +292,7 @@ def expected_memory_bytes(bundle: Path) -> int:
     Measured with SmolLM2-135M on x86: fp32 (540 MB of weights) 827 MB, int8 (267 MB) 315 MB, int4 (87 MB)
     251 MB; the factor covers weights that are in memory both as read and as repacked.
     """
-    files = runner().graph_files(bundle / "model.onnx") or [*bundle.glob("model.gguf")]
+    files = runner().graph_files(bundle / "model.onnx") or [*bundle.glob(GGUF_FILE)]
     rounded = round(sum(f.stat().st_size for f in files) / MIB)  # two arms differ by a few bytes of names
     return 256 * MIB + int(1.6 * rounded * MIB)
 

@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 
 from edgedisp.bench.devices import BenchOptions
 from edgedisp.bench.interleaved_timing import Local
-from edgedisp.bench.system import runner
+from edgedisp.bench.system import installed_version, runner
 from edgedisp.core.errors import BadInput
+from edgedisp.core.files import GGUF_FILE
 
-GGUF_FILE = "model.gguf"
 PACKAGE = "llama_cpp_python"
 
 
@@ -35,13 +35,11 @@ class LlamaCpp(Local):
 
     def __init__(self, bundles: Mapping[str, Path], options: BenchOptions) -> None:
         super().__init__(bundles, options)
-        self.name, self.machine = "llama.cpp", runner().describe(("numpy", PACKAGE))
+        self.name = "llama.cpp"
+        self.machine["packages"] = {name: installed_version(name) for name in ("numpy", PACKAGE)}
 
     def command(self, bundle: Path, words: Sequence[str]) -> list[str]:
         return [sys.executable, "-m", "edgedisp.bench.llama_cpp", *words, str(bundle)]
-
-    def warnings(self) -> Iterator[str]:
-        return iter(())
 
 
 @contextmanager

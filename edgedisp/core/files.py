@@ -20,6 +20,7 @@ RECORD = "record.json"
 MANIFEST = "manifest.json"  # what a bundle says of itself wherever it is taken
 GENAI_CONFIG = "genai_config.json"  # what onnxruntime-genai reads of a bundle
 APP = "app.json"  # what an app reads of a bundle
+GGUF_FILE = "model.gguf"  # of a bundle for llama.cpp
 # Of a session, those that onnxruntime-genai's builder writes for CPUs and what sets threads and memory.
 OPTIONS: dict[str, set[str]] = {
     "session_options": {

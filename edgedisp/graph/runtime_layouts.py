@@ -27,7 +27,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from edgedisp.core.errors import BadInput
-from edgedisp.core.files import APP, read_json, write_json
+from edgedisp.core.files import APP, GGUF_FILE, read_json, write_json
 from edgedisp.graph import device_graph
 from edgedisp.graph.app_contract import write_app
 from edgedisp.graph.genai_config import GENAI_CONFIG, LENGTHS, context_length, set_threads
@@ -35,7 +35,6 @@ from edgedisp.graph.onnx_graph import DATA, GRAPH, WEIGHT_MAP, move_weights, rea
 
 GENAI, WEB, OPTIMUM, GGUF = "onnxruntime-genai", "transformers.js", "optimum", "gguf"
 LAYOUTS = (GENAI, WEB, OPTIMUM, GGUF)
-GGUF_FILE = "model.gguf"
 NOT_COPIED = ("record.json", "manifest.json", "README.md", WEIGHT_MAP, GRAPH, DATA)
 WEB_BYTES = 4_000_000_000  # of memory: WebAssembly reaches 4 GiB
 

@@ -19,7 +19,7 @@ from edgedisp.core.files import MANIFEST, file_digest, git_commit, list_files, r
 from edgedisp.core.progress import Progress
 from edgedisp.core.stage_folder import RUN, read
 from edgedisp.graph.export import export as export_graph
-from edgedisp.graph.runtime_layouts import GGUF, GGUF_FILE, arrange, for_device
+from edgedisp.graph.runtime_layouts import GGUF, arrange, for_device
 from edgedisp.graph.verify import check_layouts
 from edgedisp.pipeline.options import PackageOptions, QuantizeOptions, SearchOptions
 from edgedisp.pipeline.prepare import training_text, weights_digest
@@ -155,8 +155,8 @@ def write_package(
     is_browser = target.architecture == "wasm32"
     layouts = arrange(output_dir, target.layouts, target.precision, browser=is_browser)
     if GGUF in layouts:
-        by_tensor = grid.get("by_tensor", ())
-        write_gguf(model, bundle, by_tensor, output_dir / GGUF_FILE, device["context"])
+        path = output_dir / layouts[GGUF]["graph"]
+        write_gguf(model, bundle, grid.get("by_tensor", ()), path, device["context"])
     ids = models.encode(models.load_tokenizer(bundle), data.synthetic_documents(1, seed=0)[0].text)
     check_layouts(output_dir, layouts, bundle, ids[: min(COMPARED_TOKENS, device["context"])], threads)
     licence = models.copy_licence(licence_dir, output_dir)

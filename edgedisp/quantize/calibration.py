@@ -327,7 +327,8 @@ def layer_calls(
     states: list[Tensor] = []
 
     def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        states.append(args[0] if args else kwargs["hidden_states"])
+        if not calls:
+            states.append(args[0] if args else kwargs["hidden_states"])
         keywords = {name: value for name, value in kwargs.items() if name != "hidden_states"}
         calls.append(LayerCall(module, args[1:], keywords, text.real))
         if len(calls) == len(layers):
